@@ -231,7 +231,8 @@ class ItemPatch(_message.Message):
     def update_mask(self) -> _field_mask_pb2.FieldMask:
         """The fields to write, by name, such as `title`; a field that is named and not
         set is cleared. `image` stands for both kinds of image. Must not be empty;
-        `item_id` and output-only fields must not be named.
+        `item_id` and output-only fields must not be named. A patch that sets a
+        price, a list price or a margin sets `currency_code` too.
         """
 
     @_builtins.property

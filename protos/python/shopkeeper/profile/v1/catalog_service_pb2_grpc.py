@@ -171,7 +171,7 @@ class CatalogServiceServicer:
     def ListItems(self, request, context):
         """Lists items by ascending id (by bytes of UTF-8).
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,7 +183,7 @@ class CatalogServiceServicer:
         changes arrives at least every 250 ms and moves the watermark on. The stream
         ends with OK when it reaches the server's age limit: resume at once.
 
-        Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_WATCHERS`.
+        Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -217,7 +217,7 @@ class CatalogServiceServicer:
     def ListItemImports(self, request, context):
         """Lists imports, the newest first.
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

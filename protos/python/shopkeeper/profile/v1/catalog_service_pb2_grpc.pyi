@@ -74,7 +74,7 @@ class CatalogServiceStub:
     ListItems: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.ListItemsRequest, _catalog_service_pb2.ListItemsResponse]
     """Lists items by ascending id (by bytes of UTF-8).
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     WatchItems: _grpc.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemsRequest, _catalog_service_pb2.WatchItemsResponse]
     """Streams the whole catalogue, then every change within a second of its
@@ -82,7 +82,7 @@ class CatalogServiceStub:
     changes arrives at least every 250 ms and moves the watermark on. The stream
     ends with OK when it reaches the server's age limit: resume at once.
 
-    Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_WATCHERS`.
+    Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
     """
     GetItemPortrait: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.GetItemPortraitRequest, _item_portrait_pb2.ItemPortrait]
     """Returns the portrait of an item.
@@ -99,7 +99,7 @@ class CatalogServiceStub:
     ListItemImports: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.ListItemImportsRequest, _catalog_service_pb2.ListItemImportsResponse]
     """Lists imports, the newest first.
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     WatchItemImport: _grpc.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemImportRequest, _item_import_pb2.ItemImport]
     """Streams an import now and whenever it moves on; ends after its last state.
@@ -156,7 +156,7 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     ListItems: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ListItemsRequest, _catalog_service_pb2.ListItemsResponse]  # type: ignore[assignment]
     """Lists items by ascending id (by bytes of UTF-8).
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     WatchItems: _aio.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemsRequest, _catalog_service_pb2.WatchItemsResponse]  # type: ignore[assignment]
     """Streams the whole catalogue, then every change within a second of its
@@ -164,7 +164,7 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     changes arrives at least every 250 ms and moves the watermark on. The stream
     ends with OK when it reaches the server's age limit: resume at once.
 
-    Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_WATCHERS`.
+    Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
     """
     GetItemPortrait: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.GetItemPortraitRequest, _item_portrait_pb2.ItemPortrait]  # type: ignore[assignment]
     """Returns the portrait of an item.
@@ -181,7 +181,7 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     ListItemImports: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ListItemImportsRequest, _catalog_service_pb2.ListItemImportsResponse]  # type: ignore[assignment]
     """Lists imports, the newest first.
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     WatchItemImport: _aio.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemImportRequest, _item_import_pb2.ItemImport]  # type: ignore[assignment]
     """Streams an import now and whenever it moves on; ends after its last state.
@@ -271,7 +271,7 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_catalog_service_pb2.ListItemsResponse, _abc.Awaitable[_catalog_service_pb2.ListItemsResponse]]:
         """Lists items by ascending id (by bytes of UTF-8).
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
 
     @_abc_1.abstractmethod
@@ -285,7 +285,7 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         changes arrives at least every 250 ms and moves the watermark on. The stream
         ends with OK when it reaches the server's age limit: resume at once.
 
-        Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_WATCHERS`.
+        Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
         """
 
     @_abc_1.abstractmethod
@@ -326,7 +326,7 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_catalog_service_pb2.ListItemImportsResponse, _abc.Awaitable[_catalog_service_pb2.ListItemImportsResponse]]:
         """Lists imports, the newest first.
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
 
     @_abc_1.abstractmethod

@@ -32,13 +32,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """No item has this id, or it is deleted. `NOT_FOUND`.
     Metadata: `itemId`. Remedy: write it with `UpsertItems`.
     """
-    ERROR_REASON_INVALID_PAGE_TOKEN: _ErrorReason.ValueType  # 3
-    """The page token was not made by this service, or for other arguments.
-    `INVALID_ARGUMENT`. Remedy: repeat the arguments of the first page.
+    ERROR_REASON_INVALID_TOKEN: _ErrorReason.ValueType  # 3
+    """A page token or consistency token was not made by this installation, was
+    damaged, or belongs to other arguments. `INVALID_ARGUMENT`.
+    Metadata: `kind`. Remedy: send it back as received, or leave it out.
     """
-    ERROR_REASON_INVALID_CONSISTENCY_TOKEN: _ErrorReason.ValueType  # 4
-    """The consistency token was not made by this suite, or was damaged.
-    `INVALID_ARGUMENT`. Remedy: send it back as received, or leave it out.
+    ERROR_REASON_INVALID_ID: _ErrorReason.ValueType  # 4
+    """An id is empty, longer than 256 characters, or has a control character, or a
+    user key has not 16 bytes. `INVALID_ARGUMENT`.
     """
     ERROR_REASON_CONSISTENCY_TOKEN_AHEAD: _ErrorReason.ValueType  # 5
     """The consistency token is ahead of the log: it comes from another
@@ -60,9 +61,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The catalogue has not been read into memory yet. `UNAVAILABLE` with
     `google.rpc.RetryInfo`.
     """
-    ERROR_REASON_TOO_MANY_WATCHERS: _ErrorReason.ValueType  # 10
-    """More streams are open than the service allows. `RESOURCE_EXHAUSTED` with
-    `google.rpc.RetryInfo`. Metadata: `limit`.
+    ERROR_REASON_TOO_MANY_STREAMS: _ErrorReason.ValueType  # 10
+    """More streams are open than this replica allows. `RESOURCE_EXHAUSTED` with
+    `google.rpc.RetryInfo`. Remedy: try another replica.
     """
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 11
     """The etag sent is not the current one. `ABORTED`. Metadata: `currentEtag`.
@@ -109,13 +110,14 @@ ERROR_REASON_ITEM_NOT_FOUND: ErrorReason.ValueType  # 2
 """No item has this id, or it is deleted. `NOT_FOUND`.
 Metadata: `itemId`. Remedy: write it with `UpsertItems`.
 """
-ERROR_REASON_INVALID_PAGE_TOKEN: ErrorReason.ValueType  # 3
-"""The page token was not made by this service, or for other arguments.
-`INVALID_ARGUMENT`. Remedy: repeat the arguments of the first page.
+ERROR_REASON_INVALID_TOKEN: ErrorReason.ValueType  # 3
+"""A page token or consistency token was not made by this installation, was
+damaged, or belongs to other arguments. `INVALID_ARGUMENT`.
+Metadata: `kind`. Remedy: send it back as received, or leave it out.
 """
-ERROR_REASON_INVALID_CONSISTENCY_TOKEN: ErrorReason.ValueType  # 4
-"""The consistency token was not made by this suite, or was damaged.
-`INVALID_ARGUMENT`. Remedy: send it back as received, or leave it out.
+ERROR_REASON_INVALID_ID: ErrorReason.ValueType  # 4
+"""An id is empty, longer than 256 characters, or has a control character, or a
+user key has not 16 bytes. `INVALID_ARGUMENT`.
 """
 ERROR_REASON_CONSISTENCY_TOKEN_AHEAD: ErrorReason.ValueType  # 5
 """The consistency token is ahead of the log: it comes from another
@@ -137,9 +139,9 @@ ERROR_REASON_CATALOGUE_LOADING: ErrorReason.ValueType  # 9
 """The catalogue has not been read into memory yet. `UNAVAILABLE` with
 `google.rpc.RetryInfo`.
 """
-ERROR_REASON_TOO_MANY_WATCHERS: ErrorReason.ValueType  # 10
-"""More streams are open than the service allows. `RESOURCE_EXHAUSTED` with
-`google.rpc.RetryInfo`. Metadata: `limit`.
+ERROR_REASON_TOO_MANY_STREAMS: ErrorReason.ValueType  # 10
+"""More streams are open than this replica allows. `RESOURCE_EXHAUSTED` with
+`google.rpc.RetryInfo`. Remedy: try another replica.
 """
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 11
 """The etag sent is not the current one. `ABORTED`. Metadata: `currentEtag`.

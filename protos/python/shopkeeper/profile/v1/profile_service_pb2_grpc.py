@@ -144,7 +144,7 @@ class ProfileServiceServicer:
         """Returns what is known of one shopper. A shopper without events gets an
         empty history and a portrait of defaults, not an error.
 
-        Fails with `INVALID_CONSISTENCY_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
+        Fails with `INVALID_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
         `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -169,7 +169,7 @@ class ProfileServiceServicer:
         arrives at least every 250 ms and moves the watermark on. The stream ends
         with OK when it reaches the server's age limit: resume at once.
 
-        Fails with `INVALID_WATERMARK`, `TOO_MANY_WATCHERS`.
+        Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,7 +211,7 @@ class ProfileServiceServicer:
     def ListSegments(self, request, context):
         """Lists segments by ascending id.
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -238,7 +238,7 @@ class ProfileServiceServicer:
     def ListUsersInSegment(self, request, context):
         """Lists the shoppers who are in a segment now, by ascending user key.
 
-        Fails with `SEGMENT_NOT_FOUND`, `INVALID_PAGE_TOKEN`.
+        Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -248,7 +248,7 @@ class ProfileServiceServicer:
         """Lists the shoppers who are likely to leave, by falling probability, with
         reasons and what usually wins such shoppers back.
 
-        Fails with `NO_CHURN_MODEL`, `INVALID_PAGE_TOKEN`.
+        Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -257,7 +257,7 @@ class ProfileServiceServicer:
     def WatchChurnAlerts(self, request, context):
         """Streams an alert whenever a shopper crosses the threshold upwards.
 
-        Fails with `NO_CHURN_MODEL`, `TOO_MANY_WATCHERS`.
+        Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

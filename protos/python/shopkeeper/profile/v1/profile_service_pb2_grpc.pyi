@@ -44,7 +44,7 @@ class ProfileServiceStub:
     """Returns what is known of one shopper. A shopper without events gets an
     empty history and a portrait of defaults, not an error.
 
-    Fails with `INVALID_CONSISTENCY_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
+    Fails with `INVALID_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
     `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
     """
     BatchGetProfiles: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.BatchGetProfilesRequest, _profile_service_pb2.BatchGetProfilesResponse]
@@ -61,7 +61,7 @@ class ProfileServiceStub:
     arrives at least every 250 ms and moves the watermark on. The stream ends
     with OK when it reaches the server's age limit: resume at once.
 
-    Fails with `INVALID_WATERMARK`, `TOO_MANY_WATCHERS`.
+    Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
     CompareProfiles: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.CompareProfilesRequest, _profile_service_pb2.CompareProfilesResponse]
     """Says how alike two shoppers are, and in what."""
@@ -82,7 +82,7 @@ class ProfileServiceStub:
     ListSegments: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.ListSegmentsRequest, _profile_service_pb2.ListSegmentsResponse]
     """Lists segments by ascending id.
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     UpdateSegment: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.UpdateSegmentRequest, _segment_pb2.Segment]
     """Changes a segment. A changed filter makes a new version.
@@ -97,18 +97,18 @@ class ProfileServiceStub:
     ListUsersInSegment: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.ListUsersInSegmentRequest, _profile_service_pb2.ListUsersInSegmentResponse]
     """Lists the shoppers who are in a segment now, by ascending user key.
 
-    Fails with `SEGMENT_NOT_FOUND`, `INVALID_PAGE_TOKEN`.
+    Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
     """
     ListAtRiskUsers: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.ListAtRiskUsersRequest, _profile_service_pb2.ListAtRiskUsersResponse]
     """Lists the shoppers who are likely to leave, by falling probability, with
     reasons and what usually wins such shoppers back.
 
-    Fails with `NO_CHURN_MODEL`, `INVALID_PAGE_TOKEN`.
+    Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
     """
     WatchChurnAlerts: _grpc.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]
     """Streams an alert whenever a shopper crosses the threshold upwards.
 
-    Fails with `NO_CHURN_MODEL`, `TOO_MANY_WATCHERS`.
+    Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
     GetChurnModel: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.GetChurnModelRequest, _profile_service_pb2.ChurnModel]
     """Returns how good the churn model in service is, and how well calibrated.
@@ -149,7 +149,7 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     """Returns what is known of one shopper. A shopper without events gets an
     empty history and a portrait of defaults, not an error.
 
-    Fails with `INVALID_CONSISTENCY_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
+    Fails with `INVALID_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
     `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
     """
     BatchGetProfiles: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.BatchGetProfilesRequest, _profile_service_pb2.BatchGetProfilesResponse]  # type: ignore[assignment]
@@ -166,7 +166,7 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     arrives at least every 250 ms and moves the watermark on. The stream ends
     with OK when it reaches the server's age limit: resume at once.
 
-    Fails with `INVALID_WATERMARK`, `TOO_MANY_WATCHERS`.
+    Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
     CompareProfiles: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.CompareProfilesRequest, _profile_service_pb2.CompareProfilesResponse]  # type: ignore[assignment]
     """Says how alike two shoppers are, and in what."""
@@ -187,7 +187,7 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     ListSegments: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.ListSegmentsRequest, _profile_service_pb2.ListSegmentsResponse]  # type: ignore[assignment]
     """Lists segments by ascending id.
 
-    Fails with `INVALID_PAGE_TOKEN`.
+    Fails with `INVALID_TOKEN`.
     """
     UpdateSegment: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.UpdateSegmentRequest, _segment_pb2.Segment]  # type: ignore[assignment]
     """Changes a segment. A changed filter makes a new version.
@@ -202,18 +202,18 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     ListUsersInSegment: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.ListUsersInSegmentRequest, _profile_service_pb2.ListUsersInSegmentResponse]  # type: ignore[assignment]
     """Lists the shoppers who are in a segment now, by ascending user key.
 
-    Fails with `SEGMENT_NOT_FOUND`, `INVALID_PAGE_TOKEN`.
+    Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
     """
     ListAtRiskUsers: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.ListAtRiskUsersRequest, _profile_service_pb2.ListAtRiskUsersResponse]  # type: ignore[assignment]
     """Lists the shoppers who are likely to leave, by falling probability, with
     reasons and what usually wins such shoppers back.
 
-    Fails with `NO_CHURN_MODEL`, `INVALID_PAGE_TOKEN`.
+    Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
     """
     WatchChurnAlerts: _aio.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]  # type: ignore[assignment]
     """Streams an alert whenever a shopper crosses the threshold upwards.
 
-    Fails with `NO_CHURN_MODEL`, `TOO_MANY_WATCHERS`.
+    Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
     GetChurnModel: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.GetChurnModelRequest, _profile_service_pb2.ChurnModel]  # type: ignore[assignment]
     """Returns how good the churn model in service is, and how well calibrated.
@@ -257,7 +257,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns what is known of one shopper. A shopper without events gets an
         empty history and a portrait of defaults, not an error.
 
-        Fails with `INVALID_CONSISTENCY_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
+        Fails with `INVALID_TOKEN`, `CONSISTENCY_TOKEN_AHEAD`,
         `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
         """
 
@@ -286,7 +286,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         arrives at least every 250 ms and moves the watermark on. The stream ends
         with OK when it reaches the server's age limit: resume at once.
 
-        Fails with `INVALID_WATERMARK`, `TOO_MANY_WATCHERS`.
+        Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
         """
 
     @_abc_1.abstractmethod
@@ -337,7 +337,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_profile_service_pb2.ListSegmentsResponse, _abc.Awaitable[_profile_service_pb2.ListSegmentsResponse]]:
         """Lists segments by ascending id.
 
-        Fails with `INVALID_PAGE_TOKEN`.
+        Fails with `INVALID_TOKEN`.
         """
 
     @_abc_1.abstractmethod
@@ -370,7 +370,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_profile_service_pb2.ListUsersInSegmentResponse, _abc.Awaitable[_profile_service_pb2.ListUsersInSegmentResponse]]:
         """Lists the shoppers who are in a segment now, by ascending user key.
 
-        Fails with `SEGMENT_NOT_FOUND`, `INVALID_PAGE_TOKEN`.
+        Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
         """
 
     @_abc_1.abstractmethod
@@ -382,7 +382,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lists the shoppers who are likely to leave, by falling probability, with
         reasons and what usually wins such shoppers back.
 
-        Fails with `NO_CHURN_MODEL`, `INVALID_PAGE_TOKEN`.
+        Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
         """
 
     @_abc_1.abstractmethod
@@ -393,7 +393,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_profile_service_pb2.ChurnAlert], _abc.AsyncIterator[_profile_service_pb2.ChurnAlert]]:
         """Streams an alert whenever a shopper crosses the threshold upwards.
 
-        Fails with `NO_CHURN_MODEL`, `TOO_MANY_WATCHERS`.
+        Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """
 
     @_abc_1.abstractmethod
