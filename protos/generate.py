@@ -4,6 +4,10 @@ The output is committed, so that an integrator needs no protobuf compiler; a
 test regenerates it and compares byte for byte.
 
 Usage: python protos/generate.py [--out DIRECTORY] [PACKAGE ...]
+       python protos/generate.py --release
+
+`--release` makes the contract as it is now the one that later changes must not
+break; do it when a version of the suite is released.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from google.api import annotations_pb2
 from grpc_tools import protoc
 
 PROTOS = Path(__file__).resolve().parent
+RELEASED = PROTOS / "released.binpb"
 PACKAGES = ("feedback", "profile", "trainer", "recommend")
 
 
@@ -63,11 +68,28 @@ def generate(out: Path, packages: tuple[str, ...] = PACKAGES) -> None:
     (out / "shopkeeper" / "py.typed").touch()
 
 
+def describe(image: Path, *, source_info: bool = True) -> None:
+    """Writes the descriptors of the contract and of all that it imports, for buf.
+
+    Raises:
+        SystemExit: the compiler refused a file; its message is on stderr.
+    """
+    flags = ["--include_imports", f"--descriptor_set_out={image}"]
+    if source_info:
+        flags.append("--include_source_info")
+    if status := protoc.main(["protoc", *include_flags(), *flags, *sources()]):
+        raise SystemExit(status)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=PROTOS / "python")
+    parser.add_argument("--release", action="store_true", help="write the baseline of the breaking check")
     parser.add_argument("packages", nargs="*", default=PACKAGES, metavar="PACKAGE")
     arguments = parser.parse_args()
+    if arguments.release:
+        describe(RELEASED, source_info=False)
+        return
     generate(arguments.out, tuple(arguments.packages))
 
 

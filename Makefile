@@ -1,0 +1,51 @@
+# Two commands do everything: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUNBUFFERED = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test lint types unit integration protos requirements clean
+
+help:  ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+install: $(INSTALLED)  ## Create .venv from the hash-pinned requirements
+
+$(INSTALLED): requirements/dev.txt pyproject.toml protos/python/pyproject.toml
+	@./install.sh $(PYTHON) $(VENV)
+	@touch $@
+
+demo: $(INSTALLED)  ## The whole loop: events in, model trained, recommendations out (DATA=DIR, ONCE=1)
+	@shopkeeper demo $(if $(DATA),--data $(DATA)) $(if $(filter 1,$(ONCE)),--once)
+
+up: $(INSTALLED)  ## Start the suite and leave it running until Ctrl-C
+	@shopkeeper up
+
+test: lint types unit integration  ## Lint, types and all tests
+
+lint: $(INSTALLED)  ## Style of the code and of the contract
+	ruff check .
+	ruff format --check .
+
+types: $(INSTALLED)  ## Static types
+	mypy
+
+unit: $(INSTALLED)  ## All tests but the ones that need the whole suite
+	pytest -q -n 2 --dist loadfile --ignore tests/integration
+
+integration: $(INSTALLED)  ## The four processes together
+	pytest -q tests/integration
+
+protos: $(INSTALLED)  ## Generate the stubs from the contract
+	python protos/generate.py
+
+requirements:  ## Pin the requirements again, with hashes (needs uv)
+	for name in services trainer dev; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate --no-emit-index-url $$name.in -o $$name.txt) || exit 1; done
+
+clean:  ## Remove what was made, but not the data of a running suite
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo
