@@ -42,7 +42,7 @@ class RecommendServiceStub:
     AND (attributes.color: ANY("red") OR rating >= 4) AND in_stock
 
     Text fields take `field: ANY("...", ...)` and match whole values, case and
-    all: `item_id`, `primary_item_id`, `title`, `brand`, `category` (any step of
+    all: `item_id`, `primary_item_id`, `brand`, `category` (any step of
     the path), `tags`, `currency`, `language`, `attributes.KEY`. Numeric fields
     take <, <=, >, >=, = and != : `price` and `list_price` (in units of the
     currency: 19.99), `discount` (share of the list price, in [0, 1]), `stock`,
@@ -175,7 +175,7 @@ class RecommendServiceServicer:
     AND (attributes.color: ANY("red") OR rating >= 4) AND in_stock
 
     Text fields take `field: ANY("...", ...)` and match whole values, case and
-    all: `item_id`, `primary_item_id`, `title`, `brand`, `category` (any step of
+    all: `item_id`, `primary_item_id`, `brand`, `category` (any step of
     the path), `tags`, `currency`, `language`, `attributes.KEY`. Numeric fields
     take <, <=, >, >=, = and != : `price` and `list_price` (in units of the
     currency: 19.99), `discount` (share of the list price, in [0, 1]), `stock`,
@@ -467,7 +467,7 @@ class RecommendService:
     AND (attributes.color: ANY("red") OR rating >= 4) AND in_stock
 
     Text fields take `field: ANY("...", ...)` and match whole values, case and
-    all: `item_id`, `primary_item_id`, `title`, `brand`, `category` (any step of
+    all: `item_id`, `primary_item_id`, `brand`, `category` (any step of
     the path), `tags`, `currency`, `language`, `attributes.KEY`. Numeric fields
     take <, <=, >, >=, = and != : `price` and `list_price` (in units of the
     currency: 19.99), `discount` (share of the list price, in [0, 1]), `stock`,

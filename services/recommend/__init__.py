@@ -1,0 +1,1 @@
+"""The recommend service: what shall I show this person, here, now?"""

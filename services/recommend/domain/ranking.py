@@ -1,0 +1,85 @@
+"""Order: the best by score, and likeness paid for.
+
+Every function breaks ties by row, so that one request has one answer.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+Rows = npt.NDArray[np.int32]
+
+
+def top_rows(score_R: Float32, eligible_R: npt.NDArray[np.bool_], count: int) -> Rows:
+    """Returns the rows of the `count` highest scores among the eligible, best first, int32.
+
+    Rows with a score of -inf have none and are never returned. Ties: the lower row first.
+    """
+    masked_R = np.where(eligible_R, score_R, np.float32(-np.inf))
+    if count < len(masked_R):
+        # Everything above the count-th score, and of those equal to it the lowest rows.
+        threshold = -np.partition(-masked_R, count - 1)[count - 1]
+        above = np.flatnonzero(masked_R > threshold)
+        equal = np.flatnonzero(masked_R == threshold)[: count - len(above)]
+        rows = np.concatenate([above, equal])
+    else:
+        rows = np.arange(len(masked_R))
+    scores = masked_R[rows]
+    rows, scores = rows[scores > -np.inf], scores[scores > -np.inf]
+    return rows[np.lexsort((rows, -scores))].astype(np.int32)
+
+
+def maximal_marginal_relevance(
+    relevance_C: Float32, unit_vectors_CD: Float32, strength: float, count: int
+) -> npt.NDArray[np.int64]:
+    """Returns the places of `count` candidates in the order of maximal marginal relevance.
+
+    Carbonell and Goldstein (1998): each time the candidate with the highest
+    (1 - strength) * relevance - strength * max cosine to those already taken.
+    Relevance is first scaled to [0, 1] over the candidates. Ties: the earlier candidate.
+
+    Args:
+        relevance_C: scores, best first.
+        unit_vectors_CD: vectors of length 1, or 0 where a candidate has none.
+        strength: in [0, 1]; 0 keeps the order.
+        count: at most C.
+    """
+    candidate_count = len(relevance_C)
+    count = min(count, candidate_count)
+    if strength <= 0 or count <= 1:
+        return np.arange(count)
+    low, high = float(relevance_C.min()), float(relevance_C.max())
+    scaled_C = (relevance_C - low) / (high - low) if high > low else np.ones_like(relevance_C)
+    cosine_CC = (unit_vectors_CD @ unit_vectors_CD.T) * np.float32(strength)
+    gain_C = np.float32(1 - strength) * scaled_C
+    penalty_C = np.full(candidate_count, -np.inf, dtype=np.float32)
+    order = np.empty(count, dtype=np.int64)
+    best = int(gain_C.argmax())
+    for place in range(count):
+        order[place] = best
+        np.maximum(penalty_C, cosine_CC[best], out=penalty_C)
+        gain_C[best] = -np.inf
+        best = int((gain_C - penalty_C).argmax())
+    return order
+
+
+def naive_maximal_marginal_relevance(
+    relevance_C: Float32, unit_vectors_CD: Float32, strength: float, count: int
+) -> list[int]:
+    """The slow, readable twin of `maximal_marginal_relevance`."""
+    low, high = min(relevance_C.tolist()), max(relevance_C.tolist())
+    scaled = [(r - low) / (high - low) if high > low else 1.0 for r in relevance_C.tolist()]
+    taken: list[int] = []
+    while len(taken) < min(count, len(scaled)):
+        best, best_gain = -1, -np.inf
+        for c in range(len(scaled)):
+            if c in taken:
+                continue
+            likeness = max((float(unit_vectors_CD[c] @ unit_vectors_CD[t]) for t in taken), default=0.0)
+            gain = (1 - strength) * scaled[c] - strength * likeness
+            if gain > best_gain:
+                best, best_gain = c, gain
+        taken.append(best)
+    return taken

@@ -1,0 +1,72 @@
+"""How recommendations are made, as configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Scorer(Enum):
+    """How a score comes about; named as in the contract."""
+
+    BLENDED = "SCORER_BLENDED"
+    POPULARITY = "SCORER_POPULARITY"
+    ITEM_TO_ITEM = "SCORER_ITEM_TO_ITEM"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementPolicy:
+    """What is particular to one placement."""
+
+    placement: str
+    exclude_owned: bool = True
+    exclude_in_cart: bool = True
+    exclude_out_of_stock: bool = True
+    default_page_size: int = 10
+
+
+PLACEMENT_POLICIES: Mapping[str, PlacementPolicy] = {
+    policy.placement: policy
+    for policy in (
+        PlacementPolicy("home"),
+        PlacementPolicy("item_page"),
+        PlacementPolicy("cart"),
+        PlacementPolicy("check_out"),
+        PlacementPolicy("email"),
+        # Who searches may search for what they have.
+        PlacementPolicy("search", exclude_owned=False),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ServingConfig:
+    """A way of recommending.
+
+    Attributes:
+        diversity_strength: in [0, 1]; 0 is none.
+        diversity_depth: how many of the best candidates are reordered.
+    """
+
+    serving_config_id: str
+    display_name: str
+    scorer: Scorer
+    diversity_strength: float = 0.0
+    diversity_depth: int = 100
+    placement_policies: Mapping[str, PlacementPolicy] = field(default_factory=lambda: PLACEMENT_POLICIES)
+
+    def policy(self, placement: str) -> PlacementPolicy:
+        """Returns the placement's policy; a placement that nobody named is like "home"."""
+        return self.placement_policies.get(placement) or self.placement_policies["home"]
+
+
+DEFAULT = ServingConfig(
+    "default", "Sequence model blended with co-occurrence", Scorer.BLENDED, diversity_strength=0.1
+)
+POPULAR = ServingConfig("popular", "Popularity alone: the control arm", Scorer.POPULARITY)
+SIMILAR = ServingConfig("similar", "Item to item", Scorer.ITEM_TO_ITEM)
+
+BUILT_IN: Mapping[str, ServingConfig] = {
+    config.serving_config_id: config for config in (DEFAULT, POPULAR, SIMILAR)
+}

@@ -1,0 +1,196 @@
+"""What the use cases need of the world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from services.recommend.domain.catalog import Catalog
+from services.recommend.domain.filter_expression import Expression
+from services.recommend.domain.history import History
+from shared.identity import UserKey
+from shared.tokens import ConsistencyToken
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelHistory:
+    """A history as a model reads it: only what it knows, runs of one item taken together.
+
+    Attributes:
+        indices_H: indices of the model, int64, oldest first.
+        kinds_H: event kinds, int32.
+        places_H: places in the `History` that it was made of, int64.
+    """
+
+    indices_H: Int64
+    kinds_H: npt.NDArray[np.int32]
+    places_H: Int64
+
+    def __len__(self) -> int:
+        return len(self.indices_H)
+
+    def without(self, place: int) -> ModelHistory:
+        """Returns the history without its event at `place`."""
+        keep = np.arange(len(self)) != place
+        return ModelHistory(self.indices_H[keep], self.kinds_H[keep], self.places_H[keep])
+
+
+class Model(Protocol):
+    """A model version in memory; immutable, for any number of threads.
+
+    score_i = log_softmax(v_i · q + b_i) + lambda * log(1 + scale * c_i), see `shared.bundle.scoring`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def created_time(self) -> float | None:
+        """When the version was made, seconds since 1970."""
+    @property
+    def item_count(self) -> int: ...
+    @property
+    def dimension(self) -> int: ...
+    @property
+    def max_history(self) -> int: ...
+    @property
+    def rows_I(self) -> npt.NDArray[np.int32]:
+        """The row of each of the model's items, int32, (I,)."""
+    @property
+    def popularity_I(self) -> Float32:
+        """Decayed counts, float32, (I,), at least 0."""
+
+    def indices_of(self, rows: npt.NDArray[np.int32]) -> Int64:
+        """Returns the model's index of each row, -1 where it does not know the item, int64."""
+
+    def unit_vectors(self, indices: Int64) -> Float32:
+        """Returns vectors of length 1, float32, (C, D); zeros for index -1."""
+
+    def read_history(self, history: History) -> ModelHistory:
+        """Returns what the model reads of a history."""
+
+    def encode(self, history: ModelHistory) -> Float32:
+        """Returns the query vector of a history, float32, (D,)."""
+
+    def logits(self, query_D: Float32) -> Float32:
+        """Returns v_i · q + b_i of every item, float32, (I,)."""
+
+    def cooccurrence(self, history: ModelHistory) -> Float32:
+        """Returns c of every item, float32, (I,)."""
+
+    def cooccurrence_contributions(self, history: ModelHistory, indices_C: Int64) -> Float32:
+        """Returns what each event of the history adds to c of each candidate, float32, (C, H)."""
+
+    def cooccurrence_term(self, c: Float32) -> Float32:
+        """Returns lambda * log(1 + scale * c)."""
+
+    def damped(self, c: Float32) -> Float32:
+        """Returns log(1 + scale * c), without the weight of the blend."""
+
+    def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
+        """Returns the score of every item, float32, (I,)."""
+
+
+class ModelSource(Protocol):
+    """Where the model in service is found."""
+
+    def current(self) -> Model | None:
+        """Returns the model in service, None before there is one."""
+
+
+class CatalogSource(Protocol):
+    """Where the catalogue is found."""
+
+    @property
+    def current(self) -> Catalog:
+        """The newest state of the catalogue."""
+
+    def publish(self) -> Catalog:
+        """Makes staged changes and new rows of the item index visible, and returns the state."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """How a stream of the profile service is doing; times in seconds since 1970, None never."""
+
+    name: str
+    connected: bool
+    last_message_time: float | None
+    watermark: bytes
+    watermark_time: float | None
+    entries: int
+    last_error: str
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LiveHistory:
+    """What the profile service knows of one shopper's recent events."""
+
+    history: History
+    personalisation: bool
+    watermark: bytes
+
+
+class LiveProfiles(Protocol):
+    """The live histories, held in memory and asked for on a miss."""
+
+    def cached(self, user_key: UserKey) -> LiveHistory | None:
+        """Returns what is held of a shopper, None where nothing is."""
+
+    def covers(self, token: ConsistencyToken) -> bool:
+        """Returns whether the stream has passed the token."""
+
+    def wait_until_covers(self, token: ConsistencyToken, timeout_seconds: float) -> bool:
+        """Waits until the stream has passed the token; returns whether it has."""
+
+    def fetch(self, user_key: UserKey, consistency_text: str, timeout_seconds: float) -> LiveHistory:
+        """Asks the profile service; concurrent calls for one shopper make one call.
+
+        Raises:
+            ShopkeeperError: it cannot be had in time.
+        """
+
+    def state(self) -> StreamState:
+        """Returns how the stream is doing."""
+
+
+class CatalogStream(Protocol):
+    """The stream that keeps the catalogue up to date."""
+
+    def state(self) -> StreamState:
+        """Returns how the stream is doing."""
+
+
+class FilterParser(Protocol):
+    """Parses filters."""
+
+    def parse(self, text: str, field: str = "filter") -> Expression:
+        """Returns the expression of a text; raises InvalidInput INVALID_FILTER."""
+
+
+class Clock(Protocol):
+    """Time."""
+
+    def now(self) -> float:
+        """Returns seconds since 1970, UTC."""
+
+    def monotonic(self) -> float:
+        """Returns seconds that never go back."""
+
+
+class Observer(Protocol):
+    """Who is told how answers went, for metrics."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage took so long."""
+
+    def degraded(self, cause: str) -> None:
+        """An answer went without something."""
