@@ -1,0 +1,272 @@
+"""The whole path on real processes, and what happens to it when a part dies."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, metrics_pb2
+from shopkeeper.profile.v1 import catalog_service_pb2, item_pb2, profile_service_pb2
+from shopkeeper.recommend.v1 import recommend_service_pb2
+from shopkeeper.trainer.v1 import model_pb2, trainer_service_pb2, training_run_pb2
+
+from shared import embedded_postgres
+from shared.database import ensure_database
+from shared.embedded_postgres import start as start_postgres
+from tests.integration.suite import SERVICES, Suite, eventually, view
+
+CATEGORIES, ITEMS_PER_CATEGORY, SHOPPERS, VIEWS = 5, 12, 240, 12
+
+pytestmark = pytest.mark.slow
+
+
+def item_id(category: int, index: int) -> str:
+    return f"c{category}-{index % ITEMS_PER_CATEGORY:02d}"
+
+
+@pytest.fixture(scope="module")
+def postgres_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A PostgreSQL of this module's own: its tests take it down."""
+    home = tmp_path_factory.mktemp("suite")
+    yield home
+    embedded_postgres.stop(home)
+
+
+@pytest.fixture(scope="module")
+def suite(postgres_home: Path, keys_dir: Path) -> Iterator[Suite]:
+    url = start_postgres(postgres_home)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE shop"))
+    url = psycopg.conninfo.make_conninfo(url, dbname="shop")
+    ensure_database(url)
+    suite = Suite(postgres_home, url, keys_dir)
+    try:
+        suite.start()
+        yield suite
+    finally:
+        suite.stop()
+        for name in SERVICES:
+            print(f"--- {name}\n{suite.log(name).read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def stocked(suite: Suite) -> Suite:
+    """A shop with a catalogue, and shoppers who walk through a category item by item."""
+    items = [
+        item_pb2.Item(
+            item_id=item_id(category, index),
+            title=f"Thing {index} of kind {category}",
+            brand=f"brand-{category}",
+            category_path=["all", f"kind-{category}"],
+            price_micros=(index + 1) * 1_000_000,
+            currency_code="EUR",
+            stock_quantity=100,
+        )
+        for category in range(CATEGORIES)
+        for index in range(ITEMS_PER_CATEGORY)
+    ]
+    written = suite.catalog.UpsertItems(catalog_service_pb2.UpsertItemsRequest(items=items), timeout=20)
+    assert {result.status for result in written.results} == {catalog_service_pb2.ITEM_WRITE_STATUS_STORED}
+
+    events = [
+        view(
+            f"shopper-{shopper}",
+            item_id(shopper % CATEGORIES, shopper // CATEGORIES + step),
+            seconds_ago=60 * (VIEWS - step),
+        )
+        for shopper in range(SHOPPERS)
+        for step in range(VIEWS)
+    ]
+    for begin in range(0, len(events), 500):
+        response = suite.record(events[begin : begin + 500])
+        assert {result.status for result in response.results} == {event_pb2.EVENT_STATUS_STORED}
+    return suite
+
+
+@pytest.fixture(scope="module")
+def trained(stocked: Suite) -> Suite:
+    """The same shop with a model in service."""
+    suite = stocked
+    run = suite.trainer.CreateTrainingRun(
+        trainer_service_pb2.CreateTrainingRunRequest(
+            request_id=uuid.uuid4().hex,
+            config=training_run_pb2.TrainingConfig(
+                size=training_run_pb2.TrainingConfig.SIZE_TINY, max_train_seconds=30
+            ),
+        ),
+        timeout=20,
+    )
+    last = None
+    for update in suite.trainer.WatchTrainingRun(
+        trainer_service_pb2.WatchTrainingRunRequest(run_id=run.run_id), timeout=150
+    ):
+        last = update.training_run
+    assert last is not None
+    assert last.state == training_run_pb2.TrainingRun.STATE_SUCCEEDED, last
+    assert last.gate.verdict == model_pb2.Gate.VERDICT_PASSED, last.gate
+    assert last.promoted
+
+    def in_service() -> bool:
+        status = suite.recommend.GetModelStatus(recommend_service_pb2.GetModelStatusRequest(), timeout=5)
+        return any(model.version == last.version for model in status.models)
+
+    eventually("the new version is in service", in_service)
+    return suite
+
+
+def recommend(suite: Suite, user_id: str, **fields: object) -> recommend_service_pb2.RecommendResponse:
+    request = recommend_service_pb2.RecommendRequest(
+        user_id=user_id,
+        page_size=6,
+        include_explanations=True,
+        **fields,  # type: ignore[arg-type]
+    )
+    return suite.recommend.Recommend(request, timeout=10)
+
+
+def ids(response: recommend_service_pb2.RecommendResponse) -> list[str]:
+    return [item.item_id for item in response.items]
+
+
+def test_a_shopper_is_shown_what_comes_next_in_their_category(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    token = trained.record([view(user_id, item_id(1, 2)), view(user_id, item_id(1, 3))]).consistency_token
+    response = recommend(trained, user_id, consistency_token=token)
+    assert not response.degraded
+    assert response.items[0].item_id == item_id(1, 4)
+    assert response.items[0].item.title == "Thing 4 of kind 1"
+    assert response.items[0].reasons
+
+
+def test_the_next_click_changes_the_answer(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    token = trained.record([view(user_id, item_id(0, 1))]).consistency_token
+    before = recommend(trained, user_id, consistency_token=token)
+    token = trained.record([view(user_id, item_id(3, 7))]).consistency_token
+    after = recommend(trained, user_id, consistency_token=token)
+    assert ids(before) != ids(after)
+    assert item_id(3, 8) in ids(after)
+    assert item_id(3, 8) not in ids(before)
+    assert any(reason.source_item_id == item_id(3, 7) for item in after.items for reason in item.reasons)
+
+
+def test_without_a_token_the_click_is_seen_all_the_same_a_moment_later(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    trained.record([view(user_id, item_id(4, 5))])
+    eventually("the click is seen", lambda: item_id(4, 6) in ids(recommend(trained, user_id)), 10)
+
+
+def test_the_attribution_token_comes_back_as_a_metric(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    token = trained.record([view(user_id, item_id(2, 2))]).consistency_token
+    shown = recommend(trained, user_id, consistency_token=token, placement="integration")
+    page = view(user_id, "unused", token=shown.attribution_token)
+    page.ClearField("item_view")
+    page.page_view.impressions.extend(event_pb2.Impression(item_id=item) for item in ids(shown))
+    click = view(user_id, "unused", token=shown.attribution_token)
+    click.recommendation_click.item_id = ids(shown)[1]
+    results = trained.record([page, click]).results
+    assert [result.status for result in results] == [event_pb2.EVENT_STATUS_STORED] * 2
+    assert [result.reason for result in results] == [event_pb2.EVENT_REASON_UNSPECIFIED] * 2
+    metrics = trained.feedback.GetMetrics(
+        feedback_service_pb2.GetMetricsRequest(
+            group_by=[metrics_pb2.METRIC_DIMENSION_MODEL_VERSION],
+            filter=feedback_service_pb2.MetricsFilter(placement="integration"),
+        ),
+        timeout=10,
+    )
+    (row,) = metrics.rows
+    assert row.model_version == shown.model.version
+    assert (row.impression_count, row.click_count) == (6, 1)
+    assert row.click_through_rate.lower < 1 / 6 < row.click_through_rate.upper
+
+
+def test_a_withdrawn_item_is_gone(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    token = trained.record([view(user_id, item_id(2, 8))]).consistency_token
+    assert item_id(2, 9) in ids(recommend(trained, user_id, consistency_token=token))
+    trained.catalog.DeleteItems(catalog_service_pb2.DeleteItemsRequest(item_ids=[item_id(2, 9)]), timeout=10)
+    eventually("the item is gone", lambda: item_id(2, 9) not in ids(recommend(trained, user_id)), 10)
+
+
+def test_a_forgotten_person_is_a_stranger_everywhere(trained: Suite) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    token = trained.record([view(user_id, item_id(1, 1))]).consistency_token
+    assert recommend(trained, user_id, consistency_token=token).freshness.events_used == 1
+    receipt = trained.feedback.ForgetUser(feedback_service_pb2.ForgetUserRequest(user_id=user_id), timeout=10)
+    assert receipt.signature
+    request = profile_service_pb2.GetProfileRequest(user_id=user_id)
+    eventually("profile forgets", lambda: not trained.profile.GetProfile(request, timeout=5).live.history)
+    eventually("recommend forgets", lambda: recommend(trained, user_id).freshness.events_used == 0)
+    again = trained.record([view(user_id, item_id(1, 1))]).results[0]
+    assert again.status == event_pb2.EVENT_STATUS_REJECTED
+
+
+@pytest.mark.parametrize("victim", SERVICES)
+def test_the_suite_recovers_from_a_killed_service(trained: Suite, victim: str) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    first = view(user_id, item_id(0, 3))
+    trained.record([first])
+    trained.kill(victim)
+    if victim != "recommend":
+        # With the log, the profiles or the trainer away there is still an answer.
+        assert recommend(trained, user_id).items
+    trained.start(victim)
+
+    # What was acknowledged before is there once, and the loop is closed again.
+    assert trained.record([first]).results[0].status == event_pb2.EVENT_STATUS_DUPLICATE
+    token = trained.record([view(user_id, item_id(3, 2))]).consistency_token
+
+    def sees_the_click() -> bool:
+        response = recommend(trained, user_id, consistency_token=token)
+        return item_id(3, 3) in ids(response) and not response.degraded
+
+    eventually(f"the loop is closed after {victim} came back", sees_the_click)
+    models = trained.trainer.ListModels(trainer_service_pb2.ListModelsRequest(), timeout=10)
+    assert [model.name for model in models.models] == ["main"]
+
+
+def test_the_suite_recovers_from_a_killed_postgres(trained: Suite, postgres_home: Path) -> None:
+    user_id = f"new-{uuid.uuid4().hex}"
+    first = view(user_id, item_id(0, 3))
+    token = trained.record([first]).consistency_token
+    assert recommend(trained, user_id, consistency_token=token).items
+    pid = int((postgres_home / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+    stop_postgres_immediately(pid)
+    assert recommend(trained, user_id).items, "recommendations do not depend on the database"
+    restart_postgres(postgres_home)
+    eventually(
+        "the acknowledged event is still there",
+        lambda: trained.record([first], timeout=5).results[0].status == event_pb2.EVENT_STATUS_DUPLICATE,
+        60,
+    )
+    token = trained.record([view(user_id, item_id(3, 2))]).consistency_token
+    eventually(
+        "the loop is closed again",
+        lambda: item_id(3, 3) in ids(recommend(trained, user_id, consistency_token=token)),
+        60,
+    )
+
+
+def stop_postgres_immediately(pid: int) -> None:
+    """Ends the server as a crash would: no checkpoint, no farewell to its clients."""
+    import os
+    import signal
+
+    import psutil
+
+    server = psutil.Process(pid)
+    os.kill(pid, signal.SIGQUIT)
+    server.wait(20)
+
+
+def restart_postgres(home: Path) -> None:
+    """Starts the same data directory again, on the same socket."""
+    from embedded_postgres import PostgresServer
+
+    server = PostgresServer._instances[(home / "postgres").resolve()]
+    server.ensure_postgres_running()
