@@ -1,0 +1,128 @@
+"""The model card: what the model is, how good, and whether to believe it. For people."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from services.trainer.pipeline.evaluation import MEASURES, Report
+from services.trainer.pipeline.gate import Verdict
+
+CURVE, LADDER = "training_curve.png", "ladder.png"
+
+
+def draw_curve(
+    epochs: Sequence[int], losses: Sequence[float], ndcgs: Sequence[float], best_epoch: int
+) -> bytes:
+    """Returns a PNG of loss and validation NDCG@10 by pass."""
+    plt = _pyplot()
+    figure, left = plt.subplots(figsize=(6, 3.6), dpi=110)
+    left.plot(epochs, losses, color="tab:grey", label="training loss")
+    left.set_xlabel("pass over the data")
+    left.set_ylabel("training loss (nats an event)")
+    right = left.twinx()
+    right.plot(epochs, ndcgs, color="tab:blue", label="validation NDCG@10")
+    right.axvline(best_epoch, color="tab:blue", linestyle=":", label=f"best pass: {best_epoch}")
+    right.set_ylabel("validation NDCG@10")
+    right.set_ylim(bottom=0)
+    handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    right.legend(handles, [handle.get_label() for handle in handles], loc="center right")
+    return _png(figure)
+
+
+def draw_ladder(report: Report) -> bytes:
+    """Returns a PNG of NDCG@10 of each contestant with its interval."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3), dpi=110)
+    rungs = list(reversed(report.ladder))
+    values = [rung.metrics["ndcg@10"] for rung in rungs]
+    errors = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+    colours = ["tab:blue" if rung.name == "blend" else "tab:grey" for rung in rungs]
+    axes.barh([rung.name for rung in rungs], [v.value for v in values], xerr=errors, color=colours, capsize=3)
+    axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
+    return _png(figure)
+
+
+def write_card(
+    *,
+    model: str,
+    report: Report,
+    verdict: Verdict,
+    data: Mapping[str, Any],
+    hyper_parameters: Mapping[str, Any],
+    notes: Sequence[str],
+) -> str:
+    """Returns the card in Markdown."""
+    lines = [
+        f"# Model card: {model}",
+        "",
+        f"**Gate: {verdict.verdict}.** A causal Transformer over item histories, blended with directed "
+        "co-occurrence. Input: pseudonymous histories of people who consented to training; no raw user id was read.",
+        "",
+        "## Gate",
+        "",
+        "| check | passed | finding |",
+        "|---|---|---|",
+        *(f"| {c.name} | {'yes' if c.passed else '**no**'} | {c.reason} |" for c in verdict.checks),
+        "",
+        "## Quality",
+        "",
+        f"{report.protocol}. {report.user_count:,} people; {report.confidence:.0%} bootstrap intervals. "
+        f"{report.tied_share:.0%} of the held-out events share their time with the event before (a basket): "
+        "their order is arbitrary, and part of every number here.",
+        "",
+        "| | " + " | ".join((*MEASURES, "coverage@10")) + " |",
+        "|---|" + "---|" * (len(MEASURES) + 1),
+    ]
+    for rung in report.ladder:
+        cells = [_cell(rung.metrics[name]) for name in MEASURES]
+        lines.append(f"| {rung.name} | {' | '.join(cells)} | {rung.metrics['coverage@10'].value:.3f} |")
+    lines += [
+        "",
+        f"![ladder]({LADDER})",
+        "",
+        "### Slices of the blend",
+        "",
+        "| people | number | hr@10 | ndcg@10 |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {part.name} | {part.user_count:,} | {_cell(part.metrics['hr@10'])} | {_cell(part.metrics['ndcg@10'])} |"
+        for part in report.slices
+    ]
+    lines += ["", "## Training", "", f"![training curve]({CURVE})", "", *(f"- {note}" for note in notes), ""]
+    lines += ["## Data", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in data.items()), ""]
+    lines += ["## Hyper-parameters", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in hyper_parameters.items()]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "Offline numbers say how well the model foretells what people did without it, not what they would do with "
+        "it; an experiment says that. Items without any event are unknown to it. Trained without differential "
+        "privacy: rare histories may leave traces in the weights.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(interval: Any) -> str:
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _png(figure: Any) -> bytes:
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    _pyplot().close(figure)
+    return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""From events to clean histories, and which of them are held out. Pure NumPy.
+
+E = events, U = people, I = items. Histories lie one after the other in flat
+arrays; `start_U1` says where each begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.bundle.history import mark_clean_events
+from shared.errors import FailedPrecondition
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EventColumns:
+    """The log as columns, in no particular order.
+
+    Attributes:
+        user_E: an integer a person, int64. Nothing else is known of them here.
+        item_E: index into `item_ids`, int32.
+        kind_E: EventKind, int32.
+        time_E: microseconds since 1970, int64.
+        order_E: breaks ties of time, such as the place within a basket, int64.
+        item_ids: raw ids.
+        watermark: snapshot of the log that was read, as `Watermark.encode`; empty for files.
+    """
+
+    user_E: Int64
+    item_E: Int32
+    kind_E: Int32
+    time_E: Int64
+    order_E: Int64
+    item_ids: Sequence[str]
+    watermark: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.user_E)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Histories:
+    """Clean histories, oldest event first, one person after the other.
+
+    Attributes:
+        start_U1: (U + 1,) offsets, int64.
+        item_E, kind_E: int32.
+        time_E: microseconds, int64.
+        item_ids: raw ids in index order; each occurs in some history.
+        user_U: the number of each person in the events that were cleaned.
+    """
+
+    start_U1: Int64
+    item_E: Int32
+    kind_E: Int32
+    time_E: Int64
+    item_ids: Sequence[str]
+    user_U: Int64
+
+    @property
+    def user_count(self) -> int:
+        """U."""
+        return len(self.start_U1) - 1
+
+    @property
+    def item_count(self) -> int:
+        """I."""
+        return len(self.item_ids)
+
+    @property
+    def length_U(self) -> Int64:
+        """Events of each person."""
+        return np.diff(self.start_U1)
+
+    def without_last(self, count: int) -> Histories:
+        """Returns every history without its last `count` events; shorter ones become empty."""
+        keep_U = np.maximum(self.length_U - count, 0)
+        kept = flat_positions(self.start_U1[:-1], keep_U)
+        start_U1 = np.concatenate([[0], np.cumsum(keep_U)])
+        return Histories(
+            start_U1, self.item_E[kept], self.kind_E[kept], self.time_E[kept], self.item_ids, self.user_U
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaning:
+    """What takes part. See `DataWindow` in the proto."""
+
+    min_user_events: int = 2
+    min_item_events: int = 1
+    max_user_events: int = 200
+
+
+def flat_positions(start_U: Int64, length_U: Int64) -> Int64:
+    """Returns start, start + 1, … of every run, one run after the other."""
+    end_U = np.cumsum(length_U)
+    total = int(end_U[-1]) if len(end_U) else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(start_U - (end_U - length_U), length_U)
+
+
+def clean(events: EventColumns, cleaning: Cleaning) -> Histories:
+    """Returns the histories of the people and items that take part.
+
+    Order: kinds of interest and runs of one item (`shared.bundle.history`), rare items, the newest
+    events of each person, people with too few. Item indices are given anew, by first occurrence in
+    `item_ids`.
+    """
+    order = np.lexsort((events.order_E, events.time_E, events.user_E))
+    user_E, item_E = events.user_E[order], events.item_E[order]
+    kind_E, time_E = events.kind_E[order], events.time_E[order]
+    keep_E = mark_clean_events(user_E, item_E, kind_E)
+    if cleaning.min_item_events > 1:
+        count_I = np.bincount(item_E[keep_E], minlength=len(events.item_ids))
+        rare_E = count_I[item_E] < cleaning.min_item_events
+        # Runs are collapsed anew: what a rare item kept apart may now be a run.
+        keep_E = mark_clean_events(user_E, np.where(rare_E, -1, item_E), kind_E)
+    user_E, item_E, kind_E, time_E = user_E[keep_E], item_E[keep_E], kind_E[keep_E], time_E[keep_E]
+
+    first_E = np.ones(len(user_E), bool)
+    first_E[1:] = user_E[1:] != user_E[:-1]
+    start_U = np.flatnonzero(first_E)
+    length_U = np.diff(np.append(start_U, len(user_E)))
+    capped_U = np.minimum(length_U, cleaning.max_user_events)
+    start_U = start_U + length_U - capped_U
+    enough_U = capped_U >= cleaning.min_user_events
+    kept = flat_positions(start_U[enough_U], capped_U[enough_U])
+    start_U1 = np.concatenate([[0], np.cumsum(capped_U[enough_U])]).astype(np.int64)
+
+    known, item_of_E = np.unique(item_E[kept], return_inverse=True)
+    return Histories(
+        start_U1,
+        item_of_E.astype(np.int32),
+        kind_E[kept].astype(np.int32),
+        time_E[kept],
+        [events.item_ids[index] for index in known],
+        user_E[start_U[enough_U]],
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldOut:
+    """Events to predict, from the histories before them.
+
+    Attributes:
+        user_B: whose, index into the histories.
+        target_B: the item to predict.
+        prefix_B: length of the history before it.
+    """
+
+    user_B: Int64
+    target_B: Int64
+    prefix_B: Int64
+
+    def __len__(self) -> int:
+        return len(self.user_B)
+
+    def prefix(self, histories: Histories, row: int) -> tuple[Int32, Int32]:
+        """Returns items and kinds before the event of a row, oldest first."""
+        first = int(histories.start_U1[self.user_B[row]])
+        last = first + int(self.prefix_B[row])
+        return histories.item_E[first:last], histories.kind_E[first:last]
+
+    def take(self, rows: Int64) -> HeldOut:
+        """Returns some of the rows."""
+        return HeldOut(self.user_B[rows], self.target_B[rows], self.prefix_B[rows])
+
+
+def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut:
+    """Returns the last event of each person (`from_end` 1), or the one before (2).
+
+    Needs `from_end` + 1 events. With `exclude_seen`, an event whose item the person had before is
+    not held out: no ranking that leaves seen items out could contain it.
+    """
+    length_U = histories.length_U
+    user_B = np.flatnonzero(length_U >= from_end + 1)
+    prefix_B = length_U[user_B] - from_end
+    target_B = histories.item_E[histories.start_U1[user_B] + prefix_B].astype(np.int64)
+    if exclude_seen:
+        positions = flat_positions(histories.start_U1[user_B], prefix_B)
+        row_P = np.repeat(np.arange(len(user_B)), prefix_B)
+        seen_B = np.bincount(
+            row_P, histories.item_E[positions] == target_B[row_P], minlength=len(user_B)
+        ).astype(bool)
+        user_B, target_B, prefix_B = user_B[~seen_B], target_B[~seen_B], prefix_B[~seen_B]
+    return HeldOut(user_B, target_B, prefix_B)
+
+
+def tied_share(histories: Histories, held_out: HeldOut) -> float:
+    """Returns the share of held-out events with the same time as the event before: their order is arbitrary."""
+    if not len(held_out):
+        return 0.0
+    place_B = histories.start_U1[held_out.user_B] + held_out.prefix_B
+    return float(np.mean(histories.time_E[place_B] == histories.time_E[place_B - 1]))
+
+
+MIN_USERS = 20
+
+
+def require_enough(histories: Histories) -> None:
+    """Checks that there is something to train on and to measure with.
+
+    Raises:
+        FailedPrecondition: TOO_LITTLE_DATA.
+    """
+    users = int((histories.length_U >= 3).sum())
+    if users < MIN_USERS or histories.item_count < 5:
+        raise FailedPrecondition(
+            "TOO_LITTLE_DATA",
+            f"Too little data: {users} people with at least 3 events of interest on {histories.item_count} items; "
+            f"need {MIN_USERS} people and 5 items. Record or import more events, or widen the window.",
+            {"users": str(users), "items": str(histories.item_count)},
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemAttributes:
+    """What the catalogue says of items, as numbers.
+
+    Attributes:
+        attribute_IP: (I, P) int32, attribute index + 1 of each place; 0 is an empty place.
+        attribute_count: A.
+    """
+
+    attribute_IP: Int32
+    attribute_count: int
+
+
+def encode_attributes(
+    item_ids: Sequence[str],
+    attributes_of: Mapping[str, Sequence[str]],
+    max_places: int = 12,
+    min_items: int = 2,
+) -> ItemAttributes:
+    """Returns attribute indices by item; values on fewer than `min_items` items tell nothing and are dropped.
+
+    An item with more than `max_places` values keeps the rarest, which say most.
+    """
+    items_with: dict[str, int] = {}
+    for item_id in item_ids:
+        for value in set(attributes_of.get(item_id, ())):
+            items_with[value] = items_with.get(value, 0) + 1
+    kept = sorted(value for value, count in items_with.items() if count >= min_items)
+    index = {value: place + 1 for place, value in enumerate(kept)}
+    rows = []
+    for item_id in item_ids:
+        values = {value for value in attributes_of.get(item_id, ()) if value in index}
+        rarest = sorted(values, key=lambda value: (items_with[value], value))[:max_places]
+        rows.append(sorted(index[value] for value in rarest))
+    places = max((len(row) for row in rows), default=0)
+    attribute_IP = np.zeros((len(item_ids), places), np.int32)
+    for row, values_of_row in enumerate(rows):
+        attribute_IP[row, : len(values_of_row)] = values_of_row
+    return ItemAttributes(attribute_IP, len(kept))
