@@ -1,0 +1,1 @@
+"""Profile: who is this, what is this, who is about to leave."""

@@ -1,0 +1,1 @@
+"""What portraits and items are, and how they are computed. Pure."""

@@ -1,0 +1,129 @@
+"""What the use cases need of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.profile.domain.events import EventBatch, EventWindow
+from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
+from shared.identity import UserKey
+from shared.tokens import Watermark
+
+
+@dataclass(frozen=True, slots=True)
+class LogChanges:
+    """What was committed to the log between two snapshots.
+
+    Attributes:
+        watermark: the later snapshot.
+        events: what is new; empty when `overflow`.
+        reconsented: shoppers whose consent changed; their windows must be loaded anew.
+        erased: shoppers who were erased, for ever. Their rows may be there a while longer.
+        overflow: more is new than was asked for, so that nothing of it was read.
+    """
+
+    watermark: Watermark
+    events: EventBatch
+    reconsented: Sequence[UserKey] = ()
+    erased: Sequence[UserKey] = ()
+    overflow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedUsers:
+    """Who changed since a snapshot. `None` for `changed`: too many, or the snapshot is not of this log."""
+
+    changed: Sequence[UserKey] | None
+    erased: Sequence[UserKey] = ()
+
+
+class EventLog(Protocol):
+    """The behaviour log as feedback publishes it. Methods may be called from any thread.
+
+    All raise Unavailable (`LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`) when the log cannot be read.
+    """
+
+    def poll(self, since: Watermark | None, max_events: int) -> LogChanges:
+        """Returns what was committed since a snapshot, each event exactly once.
+
+        For None: no events, and everybody who was ever erased.
+        A commit that was in progress in `since` is returned by the poll that first sees it.
+        """
+        ...
+
+    def load(self, user_keys: Sequence[UserKey]) -> dict[UserKey, EventWindow]:
+        """Returns the windows of shoppers by one query; who has no events is missing."""
+        ...
+
+    def changed_since(self, since: Watermark, max_users: int) -> ChangedUsers:
+        """Returns who changed, or was erased, since a snapshot that another replica may have taken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """An item as stored, and the transaction that wrote it last."""
+
+    item: Item
+    xid: int
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueChanges:
+    """What was committed to the catalogue between two snapshots; `items` include deleted ones."""
+
+    watermark: Watermark
+    items: Sequence[StoredItem]
+
+
+class CatalogueStore(Protocol):
+    """The catalogue as stored. Methods may be called from any thread.
+
+    All raise Unavailable when the database does not answer.
+    """
+
+    def write(self, writes: Sequence[ItemWrite]) -> list[WriteResult]:
+        """Applies writes in one transaction, field by field where they are not older; one result each."""
+        ...
+
+    def get(self, item_id: str) -> Item | None:
+        """Returns an item that is not deleted, with its picture."""
+        ...
+
+    def page(self, item_filter: ItemFilter, after_item_id: str, limit: int) -> list[Item]:
+        """Returns items behind an id in the order of ids, without `image_bytes`."""
+        ...
+
+    def load(self) -> Iterator[CatalogueChanges]:
+        """Yields everything, deleted items included, in chunks of one snapshot."""
+        ...
+
+    def poll(self, since: Watermark) -> CatalogueChanges:
+        """Returns what was committed since a snapshot, without `image_bytes`."""
+        ...
+
+    def announce(self) -> None:
+        """Wakes the readers of every replica soon. Never fails: they also poll."""
+        ...
+
+
+class Metrics(Protocol):
+    """What is counted."""
+
+    def polled(self, event_count: int, seconds: float) -> None:
+        """A poll of the log succeeded."""
+        ...
+
+    def hot(self, user_count: int) -> None:
+        """So many shoppers are in memory."""
+        ...
+
+    def missed(self, user_count: int) -> None:
+        """So many shoppers had to be loaded from the log."""
+        ...
+
+    def watchers(self, stream: str, count: int) -> None:
+        """So many clients watch a stream."""
+        ...

@@ -1,0 +1,135 @@
+"""CatalogService: convert, call, convert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import grpc
+from shopkeeper.profile.v1 import (
+    catalog_service_pb2 as pb,
+)
+from shopkeeper.profile.v1 import (
+    catalog_service_pb2_grpc,
+    item_import_pb2,
+    item_pb2,
+    item_portrait_pb2,
+)
+
+from services.profile.converters import items as converters
+from services.profile.converters.profiles import resume_watermark
+from services.profile.use_cases.catalogue import Catalogue
+from shared.errors import Unimplemented
+from shared.identity import normalise_item_id
+from shared.tokens import TokenSigner
+
+
+class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
+    """Serves the catalogue.
+
+    Args:
+        clock_us: microseconds since 1970; the time of writes that bring none.
+    """
+
+    def __init__(self, catalogue: Catalogue, signer: TokenSigner, clock_us: Callable[[], int]) -> None:
+        self._catalogue = catalogue
+        self._signer = signer
+        self._clock_us = clock_us
+
+    def UpsertItems(
+        self, request: pb.UpsertItemsRequest, context: grpc.ServicerContext
+    ) -> pb.UpsertItemsResponse:
+        """See the contract."""
+        rows = converters.WriteConverter(self._clock_us())
+        rows.upsert(request)
+        return pb.UpsertItemsResponse(results=rows.results(self._catalogue.write(rows.writes)))
+
+    def PatchItems(
+        self, request: pb.PatchItemsRequest, context: grpc.ServicerContext
+    ) -> pb.PatchItemsResponse:
+        """See the contract."""
+        rows = converters.WriteConverter(self._clock_us())
+        rows.patch(request)
+        return pb.PatchItemsResponse(results=rows.results(self._catalogue.write(rows.writes)))
+
+    def SetInventory(
+        self, request: pb.SetInventoryRequest, context: grpc.ServicerContext
+    ) -> pb.SetInventoryResponse:
+        """See the contract."""
+        rows = converters.WriteConverter(self._clock_us())
+        rows.inventory(request)
+        return pb.SetInventoryResponse(results=rows.results(self._catalogue.write(rows.writes)))
+
+    def DeleteItems(
+        self, request: pb.DeleteItemsRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteItemsResponse:
+        """See the contract."""
+        rows = converters.WriteConverter(self._clock_us())
+        rows.delete(request)
+        return pb.DeleteItemsResponse(results=rows.results(self._catalogue.write(rows.writes)))
+
+    def GetItem(self, request: pb.GetItemRequest, context: grpc.ServicerContext) -> item_pb2.Item:
+        """See the contract."""
+        item_id = normalise_item_id(request.item_id, "item_id")
+        return converters.item_message(self._catalogue.get(item_id), with_image_bytes=True)
+
+    def ListItems(self, request: pb.ListItemsRequest, context: grpc.ServicerContext) -> pb.ListItemsResponse:
+        """See the contract."""
+        item_filter, after, size = converters.list_arguments(request, self._signer)
+        items, more = self._catalogue.page(item_filter, after, size)
+        response = pb.ListItemsResponse(items=[converters.item_message(item) for item in items])
+        if more:
+            response.next_page_token = converters.next_page_token(request, items[-1].item_id, self._signer)
+        return response
+
+    def WatchItems(
+        self, request: pb.WatchItemsRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.WatchItemsResponse]:
+        """See the contract."""
+        resume = resume_watermark(request.resume_token, "resume_token")
+        for message in self._catalogue.watch(resume, context.is_active):
+            yield converters.items_message(message)
+
+    def GetItemPortrait(
+        self, request: pb.GetItemPortraitRequest, context: grpc.ServicerContext
+    ) -> item_portrait_pb2.ItemPortrait:
+        """Not built yet."""
+        _not_built("Read the item with GetItem.")
+
+    def ImportItems(
+        self, request: pb.ImportItemsRequest, context: grpc.ServicerContext
+    ) -> item_import_pb2.ItemImport:
+        """Not built yet."""
+        _no_imports()
+
+    def GetItemImport(
+        self, request: pb.GetItemImportRequest, context: grpc.ServicerContext
+    ) -> item_import_pb2.ItemImport:
+        """Not built yet."""
+        _no_imports()
+
+    def ListItemImports(
+        self, request: pb.ListItemImportsRequest, context: grpc.ServicerContext
+    ) -> pb.ListItemImportsResponse:
+        """Not built yet."""
+        _no_imports()
+
+    def WatchItemImport(
+        self, request: pb.WatchItemImportRequest, context: grpc.ServicerContext
+    ) -> Iterator[item_import_pb2.ItemImport]:
+        """Not built yet."""
+        _no_imports()
+
+    def CancelItemImport(
+        self, request: pb.CancelItemImportRequest, context: grpc.ServicerContext
+    ) -> item_import_pb2.ItemImport:
+        """Not built yet."""
+        _no_imports()
+
+
+def _not_built(instead: str) -> NoReturn:
+    raise Unimplemented("NOT_BUILT_YET", f"This part of the contract is not built yet. {instead}")
+
+
+def _no_imports() -> NoReturn:
+    _not_built("Import a file with `shopkeeper import items`, which calls UpsertItems.")

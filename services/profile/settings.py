@@ -1,0 +1,22 @@
+"""What the profile service can be told."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.settings import Address, ServiceSettings
+
+
+class ProfileSettings(ServiceSettings):
+    """Settings of the profile service, beside those of every service."""
+
+    listen: Address = Field("127.0.0.1:7002", description="host:port on which the service answers.")
+    hot_users: int = Field(
+        100_000,
+        ge=1,
+        description="Most shoppers kept in memory: some 1.5 KB each, 50 KB where 1,000 events are known.",
+    )
+    pool_size: int = Field(8, ge=3, le=256, description="Most connections to the database, listeners aside.")
+    catch_up_seconds: float = Field(
+        5.0, gt=0, description="Longest wait for the log where a consistency token comes without a deadline."
+    )

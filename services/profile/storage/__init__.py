@@ -1,0 +1,1 @@
+"""PostgreSQL: the log as feedback publishes it, and the catalogue."""

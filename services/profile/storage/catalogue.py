@@ -1,0 +1,380 @@
+"""The catalogue in PostgreSQL: one statement writes a thousand items, field by field."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+
+from services.profile.domain.items import (
+    ALL_FIELDS,
+    Attribute,
+    Field,
+    Item,
+    ItemFilter,
+    ItemWrite,
+    WriteResult,
+    WriteStatus,
+    rounds_of_distinct_items,
+)
+from services.profile.ports import CatalogueChanges, StoredItem
+from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of
+from shared.database import Database, trusted_sql
+from shared.errors import Unavailable
+from shared.tokens import Watermark
+
+CHANNEL = "profile_items"
+CHUNK_ROWS = 2000
+ANNOUNCE_SECONDS = 0.02
+_SLOTS = max(Field)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# column, its type, how its array travels, the field whose time decides about it
+_COLUMNS: tuple[tuple[str, str, str, Field], ...] = (
+    ("title", "text", "text", Field.TITLE),
+    ("description", "text", "text", Field.DESCRIPTION),
+    ("brand", "text", "text", Field.BRAND),
+    ("category_path", "text[]", "text", Field.CATEGORY_PATH),
+    ("attributes", "jsonb", "text", Field.ATTRIBUTES),
+    ("price_micros", "bigint", "bigint", Field.PRICE_MICROS),
+    ("list_price_micros", "bigint", "bigint", Field.LIST_PRICE_MICROS),
+    ("currency_code", "text", "text", Field.CURRENCY_CODE),
+    ("stock_quantity", "bigint", "bigint", Field.STOCK_QUANTITY),
+    ("primary_item_id", "text", "text", Field.PRIMARY_ITEM_ID),
+    ("image_uri", "text", "text", Field.IMAGE),
+    ("image_bytes", "bytea", "bytea", Field.IMAGE),
+    ("tags", "text[]", "text", Field.TAGS),
+    ("available_from", "timestamptz", "timestamptz", Field.AVAILABLE_FROM),
+    ("available_until", "timestamptz", "timestamptz", Field.AVAILABLE_UNTIL),
+    ("margin_micros", "bigint", "bigint", Field.MARGIN_MICROS),
+    ("language_code", "text", "text", Field.LANGUAGE_CODE),
+    ("rating_count", "bigint", "bigint", Field.RATING_COUNT),
+    ("rating_mean", "double precision", "double precision", Field.RATING_MEAN),
+    ("withdrawn", "boolean", "boolean", Field.WITHDRAWN),
+    ("deleted", "boolean", "boolean", Field.DELETED),
+)
+_NAMES = tuple(name for name, _, _, _ in _COLUMNS)
+
+_SELECT = "item_id, " + ", ".join(_NAMES) + ", described, update_time, revision"
+_SELECT_WITHOUT_PICTURE = _SELECT.replace("image_bytes", "''::bytea AS image_bytes")
+
+_WRITE = trusted_sql(
+    f"""
+    INSERT INTO items AS i (item_id, {", ".join(_NAMES)}, described, written_at_us)
+    SELECT item_id, {", ".join(f"{name}::{type_}" for name, type_, _, _ in _COLUMNS)}, described,
+        written_at_us::bigint[]
+    FROM unnest(%s::text[], {", ".join(f"%s::{travels}[]" for _, _, travels, _ in _COLUMNS)},
+        %s::boolean[], %s::text[]) AS incoming (item_id, {", ".join(_NAMES)}, described, written_at_us)
+    ORDER BY item_id
+    ON CONFLICT (item_id) DO UPDATE SET
+        {
+        ", ".join(
+            f"{name} = CASE WHEN excluded.written_at_us[{field}] >= coalesce(i.written_at_us[{field}], 0) "
+            f"THEN excluded.{name} ELSE i.{name} END"
+            for name, _, _, field in _COLUMNS
+        )
+    },
+        described = i.described OR excluded.described,
+        written_at_us = (
+            SELECT array_agg(greatest(theirs, ours) ORDER BY slot)
+            FROM unnest(i.written_at_us, excluded.written_at_us) WITH ORDINALITY AS t (theirs, ours, slot)),
+        revision = i.revision + 1,
+        update_time = clock_timestamp(),
+        xid = pg_current_xact_id()
+    WHERE (excluded.described AND NOT i.described) OR EXISTS (
+        SELECT FROM unnest(i.written_at_us, excluded.written_at_us) AS t (theirs, ours)
+        WHERE ours >= coalesce(theirs, 0))
+    RETURNING item_id, revision
+    """  # noqa: S608
+)
+_LOCK = "SELECT item_id, revision, deleted FROM items WHERE item_id = ANY(%s) ORDER BY item_id FOR UPDATE"
+
+
+class PostgresCatalogue:
+    """The table `items`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._announcer = _Announcer(database)
+
+    def close(self) -> None:
+        """Ends the announcer."""
+        self._announcer.stop()
+
+    def write(self, writes: Sequence[ItemWrite]) -> list[WriteResult]:
+        """See `CatalogueStore.write`."""
+        results: dict[int, WriteResult] = {}
+        with _migrated(), self._database.connect() as connection:
+            for writes_of_round in rounds_of_distinct_items(writes):
+                for result in self._write_round(connection, writes_of_round):
+                    results[result.row] = result
+        return [results[write.row] for write in writes]
+
+    def _write_round(
+        self, connection: psycopg.Connection[Any], writes: Sequence[ItemWrite]
+    ) -> Iterator[WriteResult]:
+        conditional = [w for w in writes if w.if_revision is not None or not w.may_create or _deletes(w)]
+        current: dict[str, tuple[int, bool]] = {}
+        if conditional:
+            rows = connection.execute(_LOCK, ([w.item.item_id for w in conditional],)).fetchall()
+            current = {item_id: (revision, deleted) for item_id, revision, deleted in rows}
+        accepted = []
+        for write in writes:
+            item_id = write.item.item_id
+            revision, deleted = current.get(item_id, (0, True))
+            if write.if_revision is not None and write.if_revision != revision:
+                yield WriteResult(write.row, item_id, WriteStatus.ETAG_MISMATCH, revision)
+            elif not write.may_create and deleted:
+                yield WriteResult(write.row, item_id, WriteStatus.NOT_FOUND)
+            else:
+                accepted.append(write)
+        if not accepted:
+            return
+        cursor = connection.execute(_WRITE, _parameters(accepted))
+        revisions = dict(cursor.fetchall())
+        superseded = [w.item.item_id for w in accepted if w.item.item_id not in revisions]
+        revisions_now = {}
+        if superseded:
+            rows = connection.execute(
+                "SELECT item_id, revision FROM items WHERE item_id = ANY(%s)", (superseded,)
+            ).fetchall()
+            revisions_now = dict(rows)
+        for write in accepted:
+            item_id = write.item.item_id
+            if _deletes(write) and current.get(item_id, (0, True))[1]:
+                yield WriteResult(write.row, item_id, WriteStatus.NOT_FOUND)
+            elif item_id in revisions:
+                yield WriteResult(write.row, item_id, WriteStatus.STORED, revisions[item_id])
+            else:
+                yield WriteResult(write.row, item_id, WriteStatus.SUPERSEDED, revisions_now.get(item_id, 0))
+
+    def get(self, item_id: str) -> Item | None:
+        """See `CatalogueStore.get`."""
+        with _migrated(), self._database.connect() as connection:
+            row = connection.execute(
+                trusted_sql(f"SELECT {_SELECT} FROM items WHERE item_id = %s AND NOT deleted"),  # noqa: S608
+                (item_id,),
+            ).fetchone()
+        return _item(row) if row is not None else None
+
+    def page(self, item_filter: ItemFilter, after_item_id: str, limit: int) -> list[Item]:
+        """See `CatalogueStore.page`."""
+        conditions = ["NOT deleted", "item_id > %(after)s"]
+        values: dict[str, Any] = {"after": after_item_id, "limit": limit}
+        for condition, name, value in (
+            ("category_path[1:%(depth)s] = %(path)s::text[]", "path", list(item_filter.category_path_prefix)),
+            ("brand = ANY(%(brands)s)", "brands", list(item_filter.brands)),
+            ("tags @> %(tags)s::text[]", "tags", list(item_filter.tags)),
+            ("primary_item_id = %(primary)s", "primary", item_filter.primary_item_id),
+            ("price_micros >= %(min_price)s", "min_price", item_filter.min_price_micros),
+            ("price_micros <= %(max_price)s", "max_price", item_filter.max_price_micros),
+            ("currency_code = %(currency)s", "currency", item_filter.currency_code),
+        ):
+            if value is not None and value not in ([], ""):
+                conditions.append(condition)
+                values[name] = value
+        values["depth"] = len(item_filter.category_path_prefix)
+        if item_filter.in_stock_only:
+            conditions.append("coalesce(stock_quantity, 1) > 0")
+        if item_filter.exclude_withdrawn:
+            conditions.append("NOT withdrawn")
+        if item_filter.exclude_placeholders:
+            conditions.append("described")
+        query = trusted_sql(
+            f"SELECT {_SELECT_WITHOUT_PICTURE} FROM items WHERE {' AND '.join(conditions)} "  # noqa: S608
+            "ORDER BY item_id LIMIT %(limit)s"
+        )
+        with _migrated(), self._database.connect() as connection:
+            return [_item(row) for row in connection.execute(query, values).fetchall()]
+
+    def load(self) -> Iterator[CatalogueChanges]:
+        """See `CatalogueStore.load`."""
+        query = trusted_sql(f"SELECT xid::text, {_SELECT_WITHOUT_PICTURE} FROM items")  # noqa: S608
+        with _migrated(), snapshot_of(self._database) as (connection, watermark):
+            with connection.cursor(name="load_items") as cursor:
+                cursor.execute(query)
+                while rows := cursor.fetchmany(CHUNK_ROWS):
+                    yield CatalogueChanges(watermark, _stored(rows))
+            yield CatalogueChanges(watermark, ())
+
+    def poll(self, since: Watermark) -> CatalogueChanges:
+        """See `CatalogueStore.poll`."""
+        query = trusted_sql(
+            f"SELECT xid::text, {_SELECT_WITHOUT_PICTURE} FROM items WHERE {NEW_SINCE}"  # noqa: S608
+        )
+        with _migrated(), snapshot_of(self._database) as (connection, watermark):
+            if watermark == since or watermark.xmax < since.xmax:
+                return CatalogueChanges(watermark, ())
+            rows = connection.execute(query, new_since(since)).fetchall()
+        return CatalogueChanges(watermark, _stored(rows))
+
+    def announce(self) -> None:
+        """See `CatalogueStore.announce`."""
+        self._announcer.wake()
+
+
+class _Announcer:
+    """Sends NOTIFY on a connection of its own, at most every 20 ms.
+
+    A NOTIFY inside of every write would make all commits queue for one lock.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._due = threading.Event()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def wake(self) -> None:
+        with self._lock:
+            if self._thread is None and not self._stopping.is_set():
+                self._thread = threading.Thread(target=self._run, name="announce-items", daemon=True)
+                self._thread.start()
+        self._due.set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._due.set()
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(2.0)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                with self._database.dedicated_connection(autocommit=True) as connection:
+                    while not self._stopping.is_set():
+                        self._due.wait()
+                        self._due.clear()
+                        connection.execute(trusted_sql(f"NOTIFY {CHANNEL}"))
+                        self._stopping.wait(ANNOUNCE_SECONDS)
+            except (psycopg.Error, Unavailable):
+                self._stopping.wait(0.5)
+
+
+def _deletes(write: ItemWrite) -> bool:
+    return write.item.deleted and Field.DELETED in write.fields
+
+
+def _parameters(writes: Sequence[ItemWrite]) -> list[Any]:
+    items = [write.item for write in writes]
+    times: dict[tuple[int, frozenset[Field]], str] = {}
+    written = []
+    for write in writes:
+        key = (write.write_time_us, write.fields)
+        if key not in times:
+            times[key] = _times_literal(write.write_time_us, write.fields)
+        written.append(times[key])
+    return [
+        [item.item_id for item in items],
+        [item.title for item in items],
+        [item.description for item in items],
+        [item.brand for item in items],
+        [_array_literal(item.category_path) for item in items],
+        [_attributes_json(item.attributes) for item in items],
+        [item.price_micros for item in items],
+        [item.list_price_micros for item in items],
+        [item.currency_code for item in items],
+        [item.stock_quantity for item in items],
+        [item.primary_item_id for item in items],
+        [item.image_uri for item in items],
+        [item.image_bytes for item in items],
+        [_array_literal(item.tags) for item in items],
+        [_datetime(item.available_from_us) for item in items],
+        [_datetime(item.available_until_us) for item in items],
+        [item.margin_micros for item in items],
+        [item.language_code for item in items],
+        [item.rating_count for item in items],
+        [item.rating_mean for item in items],
+        [item.withdrawn for item in items],
+        [item.deleted for item in items],
+        [write.describes for write in writes],
+        written,
+    ]
+
+
+def _times_literal(time_us: int, fields: frozenset[Field]) -> str:
+    return "{" + ",".join(str(time_us) if slot in fields else "NULL" for slot in range(1, _SLOTS + 1)) + "}"
+
+
+def _array_literal(texts: Iterable[str]) -> str:
+    # Arrays of arrays of different lengths do not travel; their text form does.
+    quoted = ('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in texts)
+    return "{" + ",".join(quoted) + "}"
+
+
+def _attributes_json(attributes: Sequence[Attribute]) -> str:
+    # A list, not an object: the order is the shop's.
+    if not attributes:
+        return "[]"
+    return json.dumps([[a.key, a.value] for a in attributes], ensure_ascii=False, separators=(",", ":"))
+
+
+def _datetime(time_us: int | None) -> datetime | None:
+    return None if time_us is None else _EPOCH + timedelta(microseconds=time_us)
+
+
+def _micros(time: datetime | None) -> int | None:
+    return None if time is None else (time - _EPOCH) // timedelta(microseconds=1)
+
+
+def _stored(rows: Sequence[tuple[Any, ...]]) -> list[StoredItem]:
+    return [StoredItem(_item(row[1:]), int(row[0])) for row in rows]
+
+
+def _item(row: Sequence[Any]) -> Item:
+    values = dict(zip(("item_id", *_NAMES), row, strict=False))
+    described, update_time, revision = row[-3:]
+    return Item(
+        item_id=values["item_id"],
+        title=values["title"],
+        description=values["description"],
+        brand=values["brand"],
+        category_path=tuple(values["category_path"]),
+        attributes=tuple(
+            # JSON does not tell 1.0 from 1; the contract has one kind of number.
+            Attribute(key, float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+            for key, value in values["attributes"]
+        ),
+        price_micros=values["price_micros"],
+        list_price_micros=values["list_price_micros"],
+        currency_code=values["currency_code"],
+        stock_quantity=values["stock_quantity"],
+        primary_item_id=values["primary_item_id"],
+        image_uri=values["image_uri"],
+        image_bytes=bytes(values["image_bytes"]),
+        tags=tuple(values["tags"]),
+        available_from_us=_micros(values["available_from"]),
+        available_until_us=_micros(values["available_until"]),
+        margin_micros=values["margin_micros"],
+        language_code=values["language_code"],
+        rating_count=values["rating_count"],
+        rating_mean=values["rating_mean"],
+        withdrawn=values["withdrawn"],
+        placeholder=not described,
+        deleted=values["deleted"],
+        update_time_us=_micros(update_time) or 0,
+        revision=revision,
+    )
+
+
+@contextmanager
+def _migrated() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.UndefinedTable as error:
+        raise Unavailable(
+            "DATABASE_UNAVAILABLE",
+            "The schema of this service is not there yet: run `python -m services.profile migrate`.",
+            retry_after_seconds=1.0,
+        ) from error
+
+
+assert set(ALL_FIELDS) == {field for _, _, _, field in _COLUMNS}

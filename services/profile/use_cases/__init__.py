@@ -1,0 +1,1 @@
+"""What the service does, over its ports. Pure."""

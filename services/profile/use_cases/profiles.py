@@ -1,0 +1,97 @@
+"""Answers who a shopper is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from services.profile.domain.events import Vocabulary
+from services.profile.domain.messages import ProfilesMessage, Reading
+from services.profile.domain.portrait import ItemLookup, Portrait, Summary, fold_portrait, fold_summary
+from services.profile.use_cases.follow_log import LogFollower
+from services.profile.use_cases.live_histories import LiveHistories
+from shared.identity import UserKey
+from shared.tokens import ConsistencyToken, Watermark
+
+MAX_USERS_IN_MESSAGE = 256
+HEARTBEAT_SECONDS = 0.2
+LOAD_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """Shoppers in the order asked, all at least as new as the watermark."""
+
+    watermark: Watermark
+    readings: Sequence[Reading]
+
+
+class Profiles:
+    """Reads and watches shoppers."""
+
+    def __init__(
+        self,
+        follower: LogFollower,
+        histories: LiveHistories,
+        items: Vocabulary,
+        currencies: Vocabulary,
+        lookup: ItemLookup,
+        clock_us: Callable[[], int],
+    ) -> None:
+        self._follower = follower
+        self._histories = histories
+        self._items = items
+        self._currencies = currencies
+        self._lookup = lookup
+        self._clock_us = clock_us
+
+    def read(
+        self, user_keys: Sequence[UserKey], token: ConsistencyToken | None, timeout_seconds: float
+    ) -> Readings:
+        """Returns shoppers; with a token, as of that commit or later.
+
+        Raises:
+            Unavailable, DeadlineExceeded, FailedPrecondition: see `LogFollower` and `LiveHistories`.
+        """
+        # Read before the shoppers are: they are then at least as new as it says.
+        watermark = (
+            self._follower.catch_up(token, timeout_seconds) if token is not None else self._follower.watermark
+        )
+        found = self._histories.read(user_keys, timeout_seconds)
+        return Readings(watermark, [found[user_key] for user_key in user_keys])
+
+    def portrait(self, reading: Reading) -> Portrait:
+        """Returns the portrait of a shopper as of now."""
+        return fold_portrait(reading.window, self._items, self._currencies, self._lookup, self._clock_us())
+
+    def summary(self, reading: Reading) -> Summary:
+        """Returns the summary of a shopper."""
+        return fold_summary(reading.window, self._items, self._lookup)
+
+    def watch(
+        self,
+        partition_index: int,
+        partition_count: int,
+        resume: Watermark | None,
+        is_active: Callable[[], bool],
+    ) -> Iterator[ProfilesMessage]:
+        """Yields who changed, in full, and who was erased, until closed; at least every 250 ms.
+
+        Raises:
+            Unavailable: the log cannot be read.
+        """
+        subscription = self._follower.subscribe(partition_index, partition_count, resume)
+        try:
+            while is_active() and not subscription.closed:
+                delivery = subscription.take(MAX_USERS_IN_MESSAGE, HEARTBEAT_SECONDS)
+                read = self.read(delivery.changed, None, LOAD_TIMEOUT_SECONDS)
+                yield ProfilesMessage(
+                    read.readings,
+                    delivery.removed,
+                    read.watermark,
+                    delivery.watermark,
+                    delivery.watermark_time_us,
+                    delivery.reset,
+                )
+        finally:
+            self._follower.unsubscribe(subscription)
