@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)shopkeeper/feedback/v1/error_reason.proto\x12\x16shopkeeper.feedback.v1*\x92\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x01\x12 \n\x1c\x45RROR_REASON_BATCH_TOO_LARGE\x10\x02\x12 \n\x1c\x45RROR_REASON_LOG_UNAVAILABLE\x10\x03\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_USER_FORGOTTEN\x10\x05\x12!\n\x1d\x45RROR_REASON_IMPORT_NOT_FOUND\x10\x06\x12%\n!ERROR_REASON_EXPERIMENT_NOT_FOUND\x10\x07\x12*\n&ERROR_REASON_EXPERIMENT_ALREADY_EXISTS\x10\x08\x12!\n\x1d\x45RROR_REASON_OVERLAP_TOO_THIN\x10\t\x12\x1e\n\x1a\x45RROR_REASON_NOT_BUILT_YET\x10\n\x12\x1f\n\x1b\x45RROR_REASON_COMMIT_TIMEOUT\x10\x0b\x12\'\n#ERROR_REASON_KEY_ROTATION_NOT_FOUND\x10\x0c\x12 \n\x1c\x45RROR_REASON_TEXT_UNREADABLE\x10\r\x12\x1b\n\x17\x45RROR_REASON_STALE_ETAG\x10\x0e\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)shopkeeper/feedback/v1/error_reason.proto\x12\x16shopkeeper.feedback.v1*\xf8\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x01\x12 \n\x1c\x45RROR_REASON_BATCH_TOO_LARGE\x10\x02\x12 \n\x1c\x45RROR_REASON_LOG_UNAVAILABLE\x10\x03\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x04\x12\x1f\n\x1b\x45RROR_REASON_USER_FORGOTTEN\x10\x05\x12!\n\x1d\x45RROR_REASON_IMPORT_NOT_FOUND\x10\x06\x12%\n!ERROR_REASON_EXPERIMENT_NOT_FOUND\x10\x07\x12*\n&ERROR_REASON_EXPERIMENT_ALREADY_EXISTS\x10\x08\x12!\n\x1d\x45RROR_REASON_OVERLAP_TOO_THIN\x10\t\x12\x1e\n\x1a\x45RROR_REASON_NOT_BUILT_YET\x10\n\x12\x1f\n\x1b\x45RROR_REASON_COMMIT_TIMEOUT\x10\x0b\x12\'\n#ERROR_REASON_KEY_ROTATION_NOT_FOUND\x10\x0c\x12 \n\x1c\x45RROR_REASON_TEXT_UNREADABLE\x10\r\x12\x1b\n\x17\x45RROR_REASON_STALE_ETAG\x10\x0e\x12 \n\x1c\x45RROR_REASON_LOG_NOT_DURABLE\x10\x0f\x12%\n!ERROR_REASON_DATABASE_UNAVAILABLE\x10\x10\x12\x1b\n\x17\x45RROR_REASON_INVALID_ID\x10\x11\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shopkeeper.feedback.v1.erro
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=70
-  _globals['_ERRORREASON']._serialized_end=600
+  _globals['_ERRORREASON']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

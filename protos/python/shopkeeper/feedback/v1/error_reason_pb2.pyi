@@ -72,6 +72,17 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_STALE_ETAG: _ErrorReason.ValueType  # 14
     """`ABORTED`: the record was changed by somebody else. Remedy: read it again."""
+    ERROR_REASON_LOG_NOT_DURABLE: _ErrorReason.ValueType  # 15
+    """`FAILED_PRECONDITION`: the database does not keep what it commits, so that an
+    acknowledgement would be a lie. Remedy: the setting named in the metadata.
+    Metadata: `setting`, `value`.
+    """
+    ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 16
+    """`UNAVAILABLE`: the database cannot be reached now. Metadata: `cause`."""
+    ERROR_REASON_INVALID_ID: _ErrorReason.ValueType  # 17
+    """`INVALID_ARGUMENT`: a `user_id` is empty, too long or holds control
+    characters; `google.rpc.BadRequest` names it.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. An answer carries the name without `ERROR_REASON_` in
@@ -128,4 +139,15 @@ altered. Metadata: `eventKey`.
 """
 ERROR_REASON_STALE_ETAG: ErrorReason.ValueType  # 14
 """`ABORTED`: the record was changed by somebody else. Remedy: read it again."""
+ERROR_REASON_LOG_NOT_DURABLE: ErrorReason.ValueType  # 15
+"""`FAILED_PRECONDITION`: the database does not keep what it commits, so that an
+acknowledgement would be a lie. Remedy: the setting named in the metadata.
+Metadata: `setting`, `value`.
+"""
+ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 16
+"""`UNAVAILABLE`: the database cannot be reached now. Metadata: `cause`."""
+ERROR_REASON_INVALID_ID: ErrorReason.ValueType  # 17
+"""`INVALID_ARGUMENT`: a `user_id` is empty, too long or holds control
+characters; `google.rpc.BadRequest` names it.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -1,0 +1,1 @@
+"""The feedback service: the behaviour log, consent and erasure, online metrics."""

@@ -1,0 +1,146 @@
+"""Runs the feedback service: `python -m services.feedback [serve|migrate]`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass
+
+import grpc
+from shopkeeper.feedback.v1 import feedback_service_pb2_grpc
+
+from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
+from services.feedback.converters.events import EventReader
+from services.feedback.converters.identities import Door
+from services.feedback.domain.bots import RateBotDetector
+from services.feedback.servicer import SERVICE_NAME, FeedbackServicer, UseCases
+from services.feedback.settings import FeedbackSettings
+from services.feedback.storage.group_commit import GroupCommitLog
+from services.feedback.storage.log_writer import LogWriter, verify_durability
+from services.feedback.storage.metrics import PostgresMetrics
+from services.feedback.storage.notifier import LogNotifier
+from services.feedback.storage.people import PostgresPeople
+from services.feedback.storage.text_cipher import TextCipher
+from services.feedback.use_cases import ExportUser, ForgetUser, ManageConsent, MeasureMetrics, RecordEvents
+from shared.database import Database, migrate, resolve_url
+from shared.errors import FailedPrecondition, ShopkeeperError
+from shared.keys import read_secret, read_signing_key
+from shared.server import GrpcServer, run_service
+from shared.settings import load_settings
+from shared.telemetry import Telemetry
+from shared.tokens import TokenSigner
+
+SERVICE = "feedback"
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The wired service."""
+
+    servicer: FeedbackServicer
+    people: PostgresPeople
+    log: GroupCommitLog
+    notifier: LogNotifier
+    database: Database
+
+    def register(self, server: grpc.Server) -> None:
+        """Adds the servicer to a server."""
+        feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(self.servicer, server)
+
+    def close(self) -> None:
+        """Commits what waits, then lets go of the database."""
+        self.log.close()
+        self.notifier.close()
+        self.database.close()
+
+
+def wire(settings: FeedbackSettings, url: str) -> Feedback:
+    """Returns the service over a migrated database.
+
+    Raises:
+        FailedPrecondition: a key is missing, or the database does not keep what it commits.
+        Unavailable: the database cannot be reached.
+    """
+    keys = settings.keys_path
+    door = Door.from_directory(keys)
+    signer = TokenSigner.from_directory(keys)
+    cipher = TextCipher(read_secret(keys, "master_key"))
+    receipt_signer = Ed25519Signer(read_signing_key(keys))
+    database = Database(url, schema=SERVICE)
+    with database.dedicated_connection() as connection:
+        verify_durability(connection)
+    clock = SystemClock()
+    people = PostgresPeople(database, cipher)
+    notifier = LogNotifier(database, interval_seconds=settings.notify_interval_ms / 1000)
+    log = GroupCommitLog(
+        LogWriter(database, cipher),
+        max_rows=settings.commit_max_rows,
+        queue_rows=settings.commit_queue_rows,
+        on_commit=notifier.wake,
+    )
+    servicer = FeedbackServicer(
+        UseCases(
+            RecordEvents(log, RateBotDetector(settings.bot_views_per_minute)),
+            ManageConsent(people, clock, notifier.wake),
+            ForgetUser(
+                people, RegistryModelVersions(settings.registry_path), receipt_signer, clock, notifier.wake
+            ),
+            ExportUser(people, people),
+            MeasureMetrics(PostgresMetrics(database), clock),
+        ),
+        EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days),
+        door,
+        signer,
+        commit_timeout_seconds=settings.commit_timeout_seconds,
+        stream_read_ahead=settings.stream_read_ahead,
+    )
+    return Feedback(servicer, people, log, notifier, database)
+
+
+def serve() -> None:
+    """Serves until SIGTERM."""
+    settings = load_settings(FeedbackSettings)
+    # The commit thread waits for the disk most of the time; when it is back it must not queue for the
+    # interpreter behind threads that convert requests.
+    sys.setswitchinterval(0.001)
+    telemetry = Telemetry(SERVICE, settings)
+    Door.from_directory(settings.keys_path)
+    url = resolve_url(settings)
+    if settings.auto_migrate:
+        migrate(url, SERVICE)
+    feedback = wire(settings, url)
+    server = GrpcServer(
+        SERVICE, settings, telemetry, register=[feedback.register], service_names=[SERVICE_NAME]
+    )
+    server.on_drain(feedback.servicer.drain)
+    server.start()
+
+    def finish_erasures() -> None:
+        try:
+            if count := feedback.people.finish_erasures():
+                telemetry.logger.info("erasures completed", count=count)
+        except ShopkeeperError as error:
+            telemetry.logger.warning("erasures not completed", reason=error.reason)
+
+    threading.Thread(target=finish_erasures, name="erasures", daemon=True).start()
+    server.set_ready(True)
+    try:
+        server.serve_until_signal()
+    finally:
+        feedback.close()
+
+
+def main() -> None:
+    """Dispatches on the command."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "serve"
+    if command == "serve":
+        serve()
+    elif command == "migrate":
+        settings = load_settings(FeedbackSettings)
+        migrate(resolve_url(settings), SERVICE)
+    else:
+        raise FailedPrecondition("USAGE", f"Unknown command {command!r}; use serve or migrate.")
+
+
+if __name__ == "__main__":
+    run_service(main)

@@ -1,0 +1,1 @@
+"""Protobuf to domain and back. Validation lives here: what passes is sound."""

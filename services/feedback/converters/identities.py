@@ -1,0 +1,69 @@
+"""The door: raw ids become keys here, and go no further."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.identity import USER_KEY_BYTES, normalise_user_id
+from shared.keys import read_secret
+from shared.privacy import Pseudonymizer
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """A person, as everything behind the door knows them.
+
+    Attributes:
+        user_keys: under every version of the user key, the newest first; 16 bytes each.
+        tombstone_key: 16 bytes, under a key that never rotates.
+    """
+
+    user_keys: Sequence[bytes]
+    tombstone_key: bytes
+
+
+class Door:
+    """Derives keys from raw ids. Thread-safe; remembers nothing.
+
+    Args:
+        pseudonymizer: makes user keys.
+        tombstone_secret: 32 bytes. Recognises the forgotten, and is the root of digests that
+            must stay the same when the user key rotates.
+    """
+
+    def __init__(self, pseudonymizer: Pseudonymizer, tombstone_secret: bytes) -> None:
+        self._pseudonymizer = pseudonymizer
+        self._tombstone = hmac.new(tombstone_secret, b"tombstone\x00", hashlib.sha256)
+        self._digest_secret = hmac.digest(tombstone_secret, b"payload digest", "sha256")
+        self._session_secret = hmac.digest(tombstone_secret, b"session", "sha256")
+
+    @classmethod
+    def from_directory(cls, keys: Path) -> Door:
+        """Reads the keys; fails with FailedPrecondition where one is missing."""
+        return cls(Pseudonymizer.from_directory(keys), read_secret(keys, "tombstone_key"))
+
+    def keys_of(self, user_id: str) -> tuple[bytes, bytes]:
+        """Returns the current user key and the tombstone key; raises InvalidInput for a bad id."""
+        return self._pseudonymizer.user_key(user_id), self._tombstone_key(normalise_user_id(user_id))
+
+    def person(self, user_id: str) -> Person:
+        """Returns all keys of a person; raises InvalidInput for a bad id."""
+        return Person(self._pseudonymizer.all_keys(user_id), self._tombstone_key(normalise_user_id(user_id)))
+
+    def session_key(self, session_id: str) -> bytes:
+        """Returns 16 bytes of keyed BLAKE2b of a session id."""
+        return hashlib.blake2b(session_id.encode(), digest_size=16, key=self._session_secret).digest()
+
+    def payload_digest(self, payload: bytes) -> int:
+        """Returns 64 bits of keyed BLAKE2b, signed: equal for a retry, and no oracle for raw ids."""
+        digest = hashlib.blake2b(payload, digest_size=8, key=self._digest_secret).digest()
+        return int.from_bytes(digest, "big", signed=True)
+
+    def _tombstone_key(self, normal_user_id: str) -> bytes:
+        state = self._tombstone.copy()
+        state.update(normal_user_id.encode())
+        return state.digest()[:USER_KEY_BYTES]

@@ -1,0 +1,1 @@
+"""What the feedback service knows, without gRPC and SQL."""

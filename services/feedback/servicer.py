@@ -1,0 +1,311 @@
+"""The FeedbackService over gRPC: convert, call, convert."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NoReturn
+
+import grpc
+from prometheus_client import Counter
+from shopkeeper.feedback.v1 import (
+    consent_pb2,
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    metrics_pb2,
+)
+
+from services.feedback.converters.events import EventReader
+from services.feedback.converters.identities import Door
+from services.feedback.converters.metrics import from_get_metrics, from_watch_metrics, to_metrics
+from services.feedback.converters.people import from_consent, to_consent, to_receipt
+from services.feedback.converters.results import to_consistency_token, to_results
+from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
+from services.feedback.use_cases import (
+    ExportUser,
+    ForgetUser,
+    ManageConsent,
+    MeasureMetrics,
+    PendingBatch,
+    RecordEvents,
+)
+from shared.errors import Unavailable, Unimplemented
+from shared.event_kinds import EventKind
+from shared.server import time_remaining_seconds
+from shared.tokens import TokenSigner
+
+SERVICE_NAME = "shopkeeper.feedback.v1.FeedbackService"
+_EVENTS = Counter("shopkeeper_feedback_events_total", "Events by what became of them.", ["status", "kind"])
+_counters: dict[tuple[RowStatus, int | None], Any] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class UseCases:
+    """What the servicer calls."""
+
+    record_events: RecordEvents
+    consent: ManageConsent
+    forget_user: ForgetUser
+    export_user: ExportUser
+    metrics: MeasureMetrics
+
+
+class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
+    """See feedback_service.proto.
+
+    Args:
+        use_cases: what is called.
+        reader: reads events.
+        door: turns raw ids into keys.
+        signer: signs consistency tokens.
+        commit_timeout_seconds: for calls that have no deadline.
+        stream_read_ahead: batches of a stream that may be on their way at once.
+    """
+
+    def __init__(
+        self,
+        use_cases: UseCases,
+        reader: EventReader,
+        door: Door,
+        signer: TokenSigner,
+        *,
+        commit_timeout_seconds: float = 15.0,
+        stream_read_ahead: int = 4,
+    ) -> None:
+        self._use_cases = use_cases
+        self._reader = reader
+        self._door = door
+        self._signer = signer
+        self._commit_timeout_seconds = commit_timeout_seconds
+        self._stream_read_ahead = stream_read_ahead
+        self._draining = threading.Event()
+
+    def drain(self) -> None:
+        """Ends streams that wait for the next moment."""
+        self._draining.set()
+
+    # Recording
+
+    def RecordEvents(
+        self, request: feedback_service_pb2.RecordEventsRequest, context: grpc.ServicerContext
+    ) -> feedback_service_pb2.RecordEventsResponse:
+        """Records a batch."""
+        batch = self._reader.read(request.events)
+        timeout = time_remaining_seconds(context, self._commit_timeout_seconds)
+        recorded = self._use_cases.record_events.submit(batch).wait(timeout)
+        _count(batch, recorded)
+        return feedback_service_pb2.RecordEventsResponse(
+            results=to_results(recorded), consistency_token=to_consistency_token(recorded, self._signer)
+        )
+
+    def StreamEvents(
+        self,
+        request_iterator: Iterator[feedback_service_pb2.StreamEventsRequest],
+        context: grpc.ServicerContext,
+    ) -> Iterator[feedback_service_pb2.StreamEventsResponse]:
+        """Records batches, acknowledged in order."""
+        for batch_number, pending in self._read_ahead(request_iterator, context):
+            recorded = pending.wait(time_remaining_seconds(context, self._commit_timeout_seconds))
+            _count(pending.batch, recorded)
+            yield feedback_service_pb2.StreamEventsResponse(
+                batch_number=batch_number,
+                results=to_results(recorded),
+                consistency_token=to_consistency_token(recorded, self._signer),
+            )
+
+    def _read_ahead(
+        self, request_iterator: Iterator[Any], context: grpc.ServicerContext
+    ) -> Iterator[tuple[int, PendingBatch]]:
+        # Reading while commits are under way is what lets one stream fill them; the bound is what slows it down.
+        submitted: queue.Queue[tuple[int, PendingBatch] | Exception | None] = queue.Queue(
+            self._stream_read_ahead
+        )
+        finished = threading.Event()
+
+        def put(entry: tuple[int, PendingBatch] | Exception | None) -> bool:
+            while not finished.is_set():
+                try:
+                    submitted.put(entry, timeout=0.25)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read() -> None:
+            try:
+                for request in request_iterator:
+                    batch = self._reader.read(request.events)
+                    if not put((request.batch_number, self._use_cases.record_events.submit(batch))):
+                        return
+                put(None)
+            except Exception as error:
+                # A caller that went away ends the iterator with an error of grpc's; nobody listens then.
+                put(error)
+
+        reader = threading.Thread(target=read, name="stream-reader", daemon=True)
+        reader.start()
+        try:
+            while context.is_active() and not self._draining.is_set():
+                try:
+                    entry = submitted.get(timeout=0.25)
+                except queue.Empty:
+                    continue
+                if entry is None:
+                    return
+                if isinstance(entry, Exception):
+                    if not context.is_active():
+                        return
+                    raise entry
+                yield entry
+            if self._draining.is_set():
+                raise Unavailable(
+                    "LOG_UNAVAILABLE", "This replica is stopping; send unacknowledged batches again."
+                )
+        finally:
+            finished.set()
+
+    # People
+
+    def SetConsent(
+        self, request: feedback_service_pb2.SetConsentRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.Consent:
+        """Sets what a person allows."""
+        person = self._door.person(request.user_id)
+        consent = from_consent(request.consent)
+        return to_consent(self._use_cases.consent.set(person.user_keys, person.tombstone_key, consent))
+
+    def GetConsent(
+        self, request: feedback_service_pb2.GetConsentRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.Consent:
+        """Returns what a person allows."""
+        person = self._door.person(request.user_id)
+        return to_consent(self._use_cases.consent.get(person.user_keys, person.tombstone_key))
+
+    def ForgetUser(
+        self, request: feedback_service_pb2.ForgetUserRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.ErasureReceipt:
+        """Erases a person."""
+        person = self._door.person(request.user_id)
+        return to_receipt(self._use_cases.forget_user.forget(person.user_keys, person.tombstone_key))
+
+    def ExportUser(
+        self, request: feedback_service_pb2.ExportUserRequest, context: grpc.ServicerContext
+    ) -> Iterator[feedback_service_pb2.ExportUserResponse]:
+        """Streams all that is known of a person."""
+        person = self._door.person(request.user_id)
+        for lines in self._use_cases.export_user.export(person.user_keys, person.tombstone_key):
+            yield feedback_service_pb2.ExportUserResponse(json_lines=lines)
+
+    # Metrics
+
+    def GetMetrics(
+        self, request: feedback_service_pb2.GetMetricsRequest, context: grpc.ServicerContext
+    ) -> metrics_pb2.Metrics:
+        """Returns online metrics."""
+        query = from_get_metrics(request, datetime.now(UTC))
+        return to_metrics(query, self._use_cases.metrics.measure(query))
+
+    def WatchMetrics(
+        self, request: feedback_service_pb2.WatchMetricsRequest, context: grpc.ServicerContext
+    ) -> Iterator[metrics_pb2.Metrics]:
+        """Returns online metrics again and again."""
+        window, interval_seconds, query_of = from_watch_metrics(request)
+        for query, groups in self._use_cases.metrics.watch(
+            window, interval_seconds, query_of, self._draining, context.is_active
+        ):
+            yield to_metrics(query, groups)
+
+    # The contract holds these; this version does not.
+
+    def ImportEvents(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("ImportEvents", "`shopkeeper import`, or RecordEvents in batches of 1,000")
+
+    def GetImport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("GetImport", "`shopkeeper import`, which reports its progress")
+
+    def ListImports(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("ListImports", "`shopkeeper import`, which reports its progress")
+
+    def WatchImport(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        """Not built yet."""
+        raise _not_built("WatchImport", "`shopkeeper import`, which reports its progress")
+
+    def CancelImport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built(
+            "CancelImport", "`shopkeeper import`, which Ctrl-C ends; a repetition goes on from there"
+        )
+
+    def PurgeEvents(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("PurgeEvents", "ForgetUser for single persons")
+
+    def RotateUserKeys(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("RotateUserKeys", "the current user key; keep every version in the key directory")
+
+    def GetKeyRotation(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("GetKeyRotation", "the current user key; keep every version in the key directory")
+
+    def CreateExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("CreateExperiment", "a serving_config in each Recommend call, and GetMetrics by it")
+
+    def GetExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("GetExperiment", "GetMetrics by serving_config")
+
+    def ListExperiments(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("ListExperiments", "GetMetrics by serving_config")
+
+    def StopExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("StopExperiment", "GetMetrics by serving_config")
+
+    def GetExperimentReport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("GetExperimentReport", "GetMetrics by serving_config, with its intervals")
+
+    def EstimatePolicyValue(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
+        """Not built yet."""
+        raise _not_built("EstimatePolicyValue", "a live comparison by serving_config, and GetMetrics")
+
+
+def _not_built(method: str, instead: str) -> Unimplemented:
+    return Unimplemented(
+        "NOT_BUILT_YET", f"{method} is not built in this version. Use {instead}.", {"method": method}
+    )
+
+
+def _count(batch: ReadBatch, recorded: RecordedBatch) -> None:
+    stored: dict[int, int] = {}
+    kinds = batch.columns.column("kind")
+    for kind in kinds:
+        stored[kind] = stored.get(kind, 0) + 1
+    if recorded.exceptions:
+        kind_of = dict(zip(batch.row_numbers, kinds, strict=True))
+        for index, (status, _) in recorded.exceptions.items():
+            if status is RowStatus.STORED:
+                continue
+            kind = kind_of.get(index)
+            _counter(status, kind).inc()
+            if kind is not None:
+                stored[kind] -= 1
+    for kind, count in stored.items():
+        _counter(RowStatus.STORED, kind).inc(count)
+
+
+def _counter(status: RowStatus, kind: int | None) -> Any:
+    counter = _counters.get((status, kind))
+    if counter is None:
+        name = "unknown" if kind is None else EventKind(kind).name.lower()
+        counter = _counters[status, kind] = _EVENTS.labels(status.name.lower(), name)
+    return counter

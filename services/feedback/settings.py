@@ -1,0 +1,39 @@
+"""Settings of the feedback service."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.settings import Address, ServiceSettings
+
+
+class FeedbackSettings(ServiceSettings):
+    """What can be set of the feedback service, each by SHOPKEEPER_<NAME>."""
+
+    listen: Address = Field("127.0.0.1:7001", description="host:port on which the service answers.")
+    commit_max_rows: int = Field(
+        4_000, ge=1, le=100_000, description="The most events in one commit of the log."
+    )
+    commit_queue_rows: int = Field(
+        50_000,
+        ge=1_000,
+        le=10_000_000,
+        description="Events that may wait for their commit; beyond it calls are refused with RESOURCE_EXHAUSTED.",
+    )
+    commit_timeout_seconds: float = Field(
+        15.0, gt=0, description="A call that has no deadline waits this long for its commit."
+    )
+    bot_views_per_minute: int = Field(
+        120,
+        ge=1,
+        description="Item views of one shopper in one minute beyond which events are marked as a bot's.",
+    )
+    attribution_max_age_days: float = Field(
+        30.0, gt=0, description="An attribution token older than this no longer earns credit."
+    )
+    notify_interval_ms: int = Field(
+        20, ge=1, le=1_000, description="The least time between two wake-ups of the readers of the log."
+    )
+    stream_read_ahead: int = Field(
+        4, ge=1, le=64, description="Batches that one stream may have on their way before it is slowed down."
+    )

@@ -1,0 +1,178 @@
+"""Group commit: concurrent calls share a commit, and so the wait for the disk.
+
+One thread commits everything that waits as soon as the previous commit is back.
+Nothing waits for a timer: an idle service commits a lone event at once, a busy
+one makes its batches as large as the disk is slow.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import psycopg
+from prometheus_client import Counter, Histogram
+
+from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
+from services.feedback.storage.log_writer import unavailable
+from shared.errors import ResourceExhausted, ShopkeeperError, Unavailable
+from shared.telemetry import get_logger
+
+_COMMIT_SECONDS = Histogram(
+    "shopkeeper_feedback_commit_seconds",
+    "Seconds of one commit of the log.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+)
+_COMMIT_ROWS = Histogram(
+    "shopkeeper_feedback_commit_rows",
+    "Events in one commit of the log.",
+    buckets=(1, 10, 100, 200, 500, 1_000, 2_000, 5_000, 10_000),
+)
+_COMMIT_CALLS = Histogram(
+    "shopkeeper_feedback_commit_calls",
+    "Calls that shared one commit of the log.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+)
+_FAILURES = Counter("shopkeeper_feedback_commit_failures_total", "Commits that failed.", ["cause"])
+
+
+class Writer(Protocol):
+    """Stores rows and returns once they are durable."""
+
+    def append(self, columns: EventColumns) -> Appended:
+        """Stores rows; raises Unavailable, or a data error of the driver."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the database."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    columns: EventColumns
+    future: Future[Appended]
+
+
+class GroupCommitLog:
+    """An EventLog whose callers share commits.
+
+    Args:
+        writer: used by the one thread of this log alone.
+        max_rows: the most rows of one commit; a larger single batch is committed alone.
+        queue_rows: rows that may wait; beyond it `append` refuses.
+        on_commit: called after each commit that stored something; must return at once.
+    """
+
+    def __init__(
+        self, writer: Writer, *, max_rows: int, queue_rows: int, on_commit: Callable[[], None] = lambda: None
+    ) -> None:
+        self._writer = writer
+        self._max_rows = max_rows
+        self._queue_rows = queue_rows
+        self._on_commit = on_commit
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_rows = 0
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._logger = get_logger("feedback")
+        self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
+        self._thread.start()
+
+    def append(self, columns: EventColumns) -> Future[Appended]:
+        """Queues rows for the next commit; see the port."""
+        future: Future[Appended] = Future()
+        with self._changed:
+            if self._stopping:
+                raise Unavailable(
+                    "LOG_UNAVAILABLE", "The service is stopping; send the events to another replica."
+                )
+            if self._waiting_rows and self._waiting_rows + len(columns) > self._queue_rows:
+                raise ResourceExhausted(
+                    "OVERLOADED",
+                    f"{self._waiting_rows} events wait for their commit; wait a little, and send less at once.",
+                    {"limit": str(self._queue_rows)},
+                    retry_after_seconds=0.25,
+                )
+            self._waiting.append(_Waiting(columns, future))
+            self._waiting_rows += len(columns)
+            self._changed.notify()
+        return future
+
+    def close(self, timeout_seconds: float = 10.0) -> None:
+        """Commits what waits, then stops."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while batch := self._next():
+            try:
+                self._commit(batch)
+            except BaseException as error:
+                # Whatever it was: the callers hear of it, and the thread lives on.
+                self._logger.exception("group commit failed")
+                for waiting in batch:
+                    if not waiting.future.done():
+                        waiting.future.set_exception(unavailable(error))
+        self._writer.close()
+
+    def _next(self) -> list[_Waiting]:
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            batch: list[_Waiting] = []
+            rows = 0
+            while self._waiting and (not batch or rows + len(self._waiting[0].columns) <= self._max_rows):
+                waiting = self._waiting.popleft()
+                rows += len(waiting.columns)
+                batch.append(waiting)
+            self._waiting_rows -= rows
+            return batch
+
+    def _commit(self, batch: list[_Waiting]) -> None:
+        start = time.perf_counter()
+        try:
+            appended = self._writer.append(EventColumns.concatenated([waiting.columns for waiting in batch]))
+        except ShopkeeperError as error:
+            _FAILURES.labels(error.metadata.get("cause", error.reason)).inc()
+            for waiting in batch:
+                waiting.future.set_exception(error)
+            return
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            _FAILURES.labels(type(error).__name__).inc()
+            if len(batch) == 1:
+                self._logger.error("a batch cannot be stored", cause=type(error).__name__)
+                batch[0].future.set_exception(unavailable(error))
+                return
+            # One caller's rows must not cost the others theirs.
+            for waiting in batch:
+                self._commit([waiting])
+            return
+        _COMMIT_SECONDS.observe(time.perf_counter() - start)
+        _COMMIT_CALLS.observe(len(batch))
+        _COMMIT_ROWS.observe(sum(len(waiting.columns) for waiting in batch))
+        self._on_commit()
+        self._answer(batch, appended)
+
+    @staticmethod
+    def _answer(batch: list[_Waiting], appended: Appended) -> None:
+        if not appended.exceptions:
+            for waiting in batch:
+                waiting.future.set_result(appended)
+            return
+        starts = list(accumulate((len(waiting.columns) for waiting in batch), initial=0))
+        own: list[dict[int, AppendVerdict]] = [{} for _ in batch]
+        for row, verdict in appended.exceptions.items():
+            index = bisect_right(starts, row) - 1
+            own[index][row - starts[index]] = verdict
+        for waiting, exceptions in zip(batch, own, strict=True):
+            waiting.future.set_result(Appended(appended.xid, exceptions))

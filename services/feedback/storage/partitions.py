@@ -1,0 +1,93 @@
+"""Monthly partitions of the log, created when a month first appears.
+
+A row whose month has no partition goes to `events_default`. PostgreSQL refuses
+to attach a partition while the default one holds rows of its range, so those
+are moved first, in the same transaction and with the `xid` they had: to readers
+nothing happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psycopg
+from psycopg import sql
+
+from services.feedback.domain.event_key import first_event_key
+
+FIRST_MONTH = (2000 - 1970) * 12
+# The locks of the log, in one family: whoever stores shares WRITERS, whoever erases takes it alone for a moment.
+WRITERS_LOCK = 0x46424C57
+PARTITIONS_LOCK = 0x46424C50
+
+
+def months_of(event_keys: Iterable[bytes]) -> npt.NDArray[np.int64]:
+    """Returns the distinct months of event keys, as months since January 1970, ascending."""
+    first_bytes = np.frombuffer(b"".join(event_keys), dtype=np.uint8).reshape(-1, 16)[:, :6]
+    padded = np.zeros((len(first_bytes), 8), dtype=np.uint8)
+    padded[:, 2:] = first_bytes
+    ms = padded.view(">u8").ravel().astype(np.int64)
+    return np.unique(ms.astype("datetime64[ms]").astype("datetime64[M]").astype(np.int64))
+
+
+def month_of(moment: datetime) -> int:
+    """Returns the months since January 1970 of a moment."""
+    moment = moment.astimezone(UTC)
+    return (moment.year - 1970) * 12 + moment.month - 1
+
+
+def _first_key_of_month(month: int) -> str:
+    first = datetime(1970 + month // 12, month % 12 + 1, 1, tzinfo=UTC)
+    return first_event_key(int(first.timestamp() * 1000)).hex()
+
+
+def partition_name(month: int) -> str:
+    """Returns the table of a month, such as `events_y2026m03`."""
+    return f"events_y{1970 + month // 12}m{month % 12 + 1:02d}"
+
+
+def existing_months(connection: psycopg.Connection[Any]) -> set[int]:
+    """Returns the months that have a partition."""
+    rows = connection.execute(
+        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+        "WHERE i.inhparent = 'feedback.events'::regclass AND c.relname LIKE 'events_y%'"
+    ).fetchall()
+    return {(int(name[8:-3]) - 1970) * 12 + int(name[-2:]) - 1 for (name,) in rows}
+
+
+def ensure_month(connection: psycopg.Connection[Any], month: int) -> None:
+    """Creates and attaches the partition of a month, in one transaction; does nothing where it exists.
+
+    Rows of the month that the default partition holds are moved into it.
+    """
+    name = sql.Identifier("feedback", partition_name(month))
+    low, high = _first_key_of_month(month), _first_key_of_month(month + 1)
+    with connection.transaction():
+        # Replicas that meet a new month at once must not both create it, nor wait for each other in a circle.
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (PARTITIONS_LOCK,))
+        if month in existing_months(connection):
+            return
+        # Writers to the default partition wait until its rows are moved and the new one is attached.
+        connection.execute("LOCK TABLE feedback.events_default IN ACCESS EXCLUSIVE MODE")
+        connection.execute(
+            sql.SQL(
+                "CREATE TABLE {name} (LIKE feedback.events INCLUDING DEFAULTS INCLUDING CONSTRAINTS INCLUDING INDEXES)"
+            ).format(name=name)
+        )
+        bounds = {"low": sql.Literal(low), "high": sql.Literal(high), "name": name}
+        connection.execute(
+            sql.SQL(
+                "WITH moved AS (DELETE FROM feedback.events_default "
+                "WHERE event_key >= {low}::uuid AND event_key < {high}::uuid RETURNING *) "
+                "INSERT INTO {name} SELECT * FROM moved"
+            ).format(**bounds)
+        )
+        connection.execute(
+            sql.SQL(
+                "ALTER TABLE feedback.events ATTACH PARTITION {name} FOR VALUES FROM ({low}) TO ({high})"
+            ).format(**bounds)
+        )
