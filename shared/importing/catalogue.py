@@ -52,14 +52,18 @@ class DerivedItems:
         lines = lines.filter(pc.not_equal(lines["item"], ""))
         for name in _DERIVED:
             counted = lines.select(["item", name]).group_by(["item", name]).aggregate([([], "count_all")])
-            for item, text, count in zip(*(counted[c].to_pylist() for c in ("item", name, "count_all")), strict=True):
+            for item, text, count in zip(
+                *(counted[c].to_pylist() for c in ("item", name, "count_all")), strict=True
+            ):
                 self.item_ids.setdefault(item)
                 if text:
                     counts = self.texts[name][item]
                     counts[text] = counts.get(text, 0) + count
         keys = ["item", "price", "currency"]
         counted = lines.select(keys).group_by(keys).aggregate([([], "count_all")])
-        for item, price, currency, count in zip(*(counted[c].to_pylist() for c in [*keys, "count_all"]), strict=True):
+        for item, price, currency, count in zip(
+            *(counted[c].to_pylist() for c in [*keys, "count_all"]), strict=True
+        ):
             if price > 0 and currency:
                 counts_of_price = self.prices[item]
                 counts_of_price[price, currency] = counts_of_price.get((price, currency), 0) + count
@@ -149,7 +153,8 @@ def item_records(
                 currency_code=currency if known_price else "",
                 image_uri=_image(_at(texts, "image", row)),
                 created_at_us=created[row] if created else None,
-                withdrawn=(_at(texts, "available", row) or "").casefold() in ("0", "false", "no", "out of stock"),
+                withdrawn=(_at(texts, "available", row) or "").casefold()
+                in ("0", "false", "no", "out of stock"),
                 attributes=attributes(row),
             )
         )
@@ -160,7 +165,9 @@ def _optional_times(columns: Columns, source: Source, now_us: int) -> list[int |
     stand = columns.keep.copy()
     quiet, columns.problems = columns.problems, ProblemLog()
     micros = parsed_times(columns, "created", source.fields["created"], source.timezone, now_us)
-    wrong = stand & ~columns.keep & (as_text(columns.fields["created"]).is_valid().to_numpy(zero_copy_only=False))
+    wrong = (
+        stand & ~columns.keep & (as_text(columns.fields["created"]).is_valid().to_numpy(zero_copy_only=False))
+    )
     columns.problems, good = quiet, columns.keep
     columns.keep = stand
     columns.problems.note("items with a date that cannot be read; the date was left empty", int(wrong.sum()))
@@ -188,7 +195,8 @@ def _attributes(chunk: Chunk, source: Source, available: dict[str, str]) -> Any:
         if name.startswith(prefix)
     ]
     columns = [
-        (key[:MAX_ATTRIBUTE_KEY], as_text(chunk.table[c].combine_chunks()).to_pylist()) for key, c in named + prefixed
+        (key[:MAX_ATTRIBUTE_KEY], as_text(chunk.table[c].combine_chunks()).to_pylist())
+        for key, c in named + prefixed
     ]
     gathered = chunk.table[GATHERED].to_pylist() if GATHERED in chunk.table.column_names else None
 

@@ -104,7 +104,9 @@ def _wanted(file: SourceFile) -> list[str] | None:
     source, available = file.source, file.layout.by_folded_name
     if file.layout.format == "sequences":
         return None
-    names = [available[fold(c)] for rule in source.fields.values() for c in rule.columns if fold(c) in available]
+    names = [
+        available[fold(c)] for rule in source.fields.values() for c in rule.columns if fold(c) in available
+    ]
     names += [available[fold(c)] for c in source.attributes if fold(c) in available]
     if file.layout.format == "jsonl" and source.attribute_prefixes:
         names.append(GATHERED)
@@ -126,7 +128,9 @@ def open_data_set(path: Path, mapping_name: str | None, now_us: int) -> DataSet:
             (a column is missing; names the nearest) or MAPPING_NOT_FOUND (none fits).
     """
     if not path.exists():
-        raise ImportRefused("PATH_MISSING", f"{path} does not exist. Give a directory or a file.", {"path": path.name})
+        raise ImportRefused(
+            "PATH_MISSING", f"{path} does not exist. Give a directory or a file.", {"path": path.name}
+        )
     candidates = sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
     candidates = [p for p in candidates if not p.name.startswith(".")]
     if not candidates:
@@ -190,7 +194,9 @@ def _match(
             lacking = _lacking(source, layout)
             if lacking is not None:
                 complaint = complaint or ImportRefused(
-                    "MAPPING_MISFIT", f"{path}: the mapping {mapping.name!r} does not fit: {lacking}", {"file": path.name}
+                    "MAPPING_MISFIT",
+                    f"{path}: the mapping {mapping.name!r} does not fit: {lacking}",
+                    {"file": path.name},
                 )
                 continue
             found.append(SourceFile(path, source, layout))
@@ -218,7 +224,9 @@ def _lacking(source: Source, layout: Layout) -> str | None:
         if not rule.required or rule.constant is not None or rule.pick(available) is not None:
             continue
         wanted = " or ".join(repr(c) for c in rule.columns)
-        return f"the field {field_name!r} needs the column {wanted}. {nearest(rule.columns[0], layout.columns)}"
+        return (
+            f"the field {field_name!r} needs the column {wanted}. {nearest(rule.columns[0], layout.columns)}"
+        )
     return None
 
 

@@ -63,7 +63,9 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
                 f"is longer than {MAX_REFERENCE} characters", "Shorten it",
             )  # fmt: skip
     if source.group_by_order:
-        columns.reject(_mask(pc.is_null(texts["order"])), "order", None, "is missing", "Every line needs its order")
+        columns.reject(
+            _mask(pc.is_null(texts["order"])), "order", None, "is missing", "Every line needs its order"
+        )
     user = _users(columns, source, texts)
     time = _times(columns, source, now_us)
     item = _items(columns, kind)
@@ -74,7 +76,9 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
             highest=MAX_QUANTITY, missing=1.0,
         )  # fmt: skip
         if source.negative_quantity_is_return:
-            kind = np.where((quantity < 0) & (kind == EventKind.PURCHASE), EventKind.RETURN, kind).astype(np.uint8)
+            kind = np.where((quantity < 0) & (kind == EventKind.PURCHASE), EventKind.RETURN, kind).astype(
+                np.uint8
+            )
             quantity = np.abs(quantity)
         columns.reject(
             ~(quantity > 0), "quantity", columns.fields["quantity"], "is not above 0",
@@ -91,7 +95,9 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
     currency = _currency(columns, rows)
     # A price without a currency is no price: the contract refuses one without the other.
     currency_known = _mask(pc.not_equal(currency, ""))
-    columns.problems.note("prices without a currency, left out", int((np.isfinite(price) & ~currency_known).sum()))
+    columns.problems.note(
+        "prices without a currency, left out", int((np.isfinite(price) & ~currency_known).sum())
+    )
     known = np.isfinite(price) & currency_known
     micros = np.where(known, np.rint(np.where(known, price, 0) * MICROS), UNKNOWN_PRICE).astype(np.int64)
     table = {
@@ -120,7 +126,9 @@ def _drop(columns: Columns, rule: DropRule) -> None:
             rows = pc.is_null(texts)
         elif rule.matches is not None:
             encoded = texts.dictionary_encode()
-            hits = np.array([rule.matches.search(t) is not None for t in encoded.dictionary.to_pylist()] + [False])
+            hits = np.array(
+                [rule.matches.search(t) is not None for t in encoded.dictionary.to_pylist()] + [False]
+            )
             rows = hits[pc.fill_null(encoded.indices, len(hits) - 1).to_numpy(zero_copy_only=False)]
         else:
             rows = pc.fill_null(pc.is_in(texts, value_set=pa.array(sorted(rule.one_of), pa.string())), False)
@@ -154,7 +162,9 @@ def _users(columns: Columns, source: Source, texts: dict[str, pa.Array]) -> pa.A
     if guests.any() and source.guests == "skip":
         columns.leave_out(guests, "guests (rows without a user)")
     elif guests.any() and source.guests == "per_order":
-        columns.problems.note("rows of guests, each order as a shopper of its own", int((guests & columns.keep).sum()))
+        columns.problems.note(
+            "rows of guests, each order as a shopper of its own", int((guests & columns.keep).sum())
+        )
         named = pc.binary_join_element_wise("guest", texts["order"], ":")
         columns.fields["user"] = pc.if_else(pc.is_null(ids), named, ids)
     return checked_ids(
@@ -179,7 +189,9 @@ def _items(columns: Columns, kind: NDArray[np.uint8]) -> pa.Array:
     if not needless.any():
         return checked_ids(columns, "item", missing_remedy="Every event of this kind is about an item")
     original = columns.fields["item"]
-    columns.fields["item"] = pc.if_else(pa.array(needless), pc.fill_null(as_text(original), "-"), as_text(original))
+    columns.fields["item"] = pc.if_else(
+        pa.array(needless), pc.fill_null(as_text(original), "-"), as_text(original)
+    )
     ids = checked_ids(columns, "item", missing_remedy="Every event of this kind is about an item")
     return pc.if_else(pa.array(needless), "", ids)
 
@@ -233,7 +245,9 @@ class IdenticalRows:
         return rank + before[inverse]
 
 
-def single_events(lines: pa.Table, name: str, source: Source, seen: IdenticalRows, left_out: Counter[str]) -> EventBatch:
+def single_events(
+    lines: pa.Table, name: str, source: Source, seen: IdenticalRows, left_out: Counter[str]
+) -> EventBatch:
     """Returns one event a row."""
     user, item = lines["user"].to_pylist(), lines["item"].to_pylist()
     kind, time = lines["kind"].to_numpy(), lines["time"].to_numpy()
@@ -241,7 +255,8 @@ def single_events(lines: pa.Table, name: str, source: Source, seen: IdenticalRow
     columns = (user, item, kind.tolist(), time.tolist(), lines["quantity"].to_pylist(), lines["price"].to_pylist(),
                lines["value"].to_pylist(), session, order, query)  # fmt: skip
     digests = [
-        blake2b("\x1f".join(map(str, row)).encode(), digest_size=12).digest() for row in zip(*columns, strict=True)
+        blake2b("\x1f".join(map(str, row)).encode(), digest_size=12).digest()
+        for row in zip(*columns, strict=True)
     ]
     short = np.frombuffer(b"".join(d[:8] for d in digests), np.uint64)
     times_before = seen.occurrence(short)
@@ -302,7 +317,10 @@ def order_events(lines: pa.Table, name: str) -> Iterator[EventBatch]:
         key = f"{name}:{order}:{kind_name}"
         ids.append(key if used[key] == 0 else f"{key}:{used[key]}")
         used[key] += 1
-    ids = [i if len(i) <= MAX_EVENT_ID else f"{name}:{blake2b(i.encode(), digest_size=16).hexdigest()}" for i in ids]
+    ids = [
+        i if len(i) <= MAX_EVENT_ID else f"{name}:{blake2b(i.encode(), digest_size=16).hexdigest()}"
+        for i in ids
+    ]
     users = _take(lines["user"].to_pylist(), heads)
     batch = EventBatch(
         ids, users, kinds.astype(np.uint8), earliest[group[heads]], first.astype(np.int64),

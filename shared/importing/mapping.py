@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping as MappingType
+from collections.abc import Iterable
+from collections.abc import Mapping as MappingType
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,9 @@ def parse_mapping(text: str, origin: str) -> DataSetMapping:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else "the file"
         raise reader.refuse(where, f"is no YAML: {getattr(error, 'problem', error)}.") from error
-    table = reader.table(document, "mapping", ("name", "title", "note", "fallback", "sources"), ("name", "sources"))
+    table = reader.table(
+        document, "mapping", ("name", "title", "note", "fallback", "sources"), ("name", "sources")
+    )
     name = str(table["name"])
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
         raise reader.refuse("name", f"{name!r} must be 1..63 of a-z, 0-9, `_` and `-`.")

@@ -63,7 +63,9 @@ class _Log:
     group: list[Ints] = field(default_factory=list)
     groups: int = 0
 
-    def add(self, kind: EventKind, who: Ints, day: Floats, item: Ints, visit: int, group: Ints | None = None) -> None:
+    def add(
+        self, kind: EventKind, who: Ints, day: Floats, item: Ints, visit: int, group: Ints | None = None
+    ) -> None:
         if who.size:
             self.who.append(who)
             self.kind.append(np.full(who.size, int(kind)))
@@ -77,9 +79,7 @@ def make_history(scale: Scale) -> tuple[World, EventBatch]:
     """Returns the world after its history, and the history's events by time. The same scale: the same bytes."""
     rng = np.random.default_rng(scale.seed)
     shop = make_shop(rng, scale.items, scale.seed)
-    crowd = make_crowd(
-        rng, shop, scale.shoppers, scale.visits_per_shopper / scale.days, scale.bot_share
-    )
+    crowd = make_crowd(rng, shop, scale.shoppers, scale.visits_per_shopper / scale.days, scale.bot_share)
     log = _Log()
     people = np.flatnonzero(~crowd.is_bot)
     visits = rng.poisson(crowd.visits_per_day[people] * scale.days)
@@ -115,7 +115,13 @@ def _visit(
             break
         who = rows[active]
         page, searched = browse(rng, shop, crowd, who, sales, at_launch[None, :] <= day[active][:, None])
-        log.add(EventKind.SEARCH, who[searched], clock[active][searched], crowd.need_category[who][searched], number)
+        log.add(
+            EventKind.SEARCH,
+            who[searched],
+            clock[active][searched],
+            crowd.need_category[who][searched],
+            number,
+        )
         clock[active] += rng.exponential(SECONDS_A_PAGE, active.size) / 86_400
         choices = look_at_page(rng, shop, crowd, who, page)
         hit = choices.clicked >= 0
@@ -199,7 +205,9 @@ def _batch(shop: Shop, scale: Scale, log: _Log) -> EventBatch:
     is_search = kind == int(EventKind.SEARCH)
     lines = ~is_search
     line_count = np.add.reduceat(lines.astype(np.int64), heads)
-    prices = np.where(np.isin(kind, [int(EventKind.REMOVE_FROM_CART)]), UNKNOWN_PRICE, shop.price_micros[item])
+    prices = np.where(
+        np.isin(kind, [int(EventKind.REMOVE_FROM_CART)]), UNKNOWN_PRICE, shop.price_micros[item]
+    )
     head_kind, head_who, head_visit = kind[heads], who[heads], visit[heads]
     users = [f"shopper-{row:05d}" for row in head_who.tolist()]
     sessions = [f"{user}-{number}" for user, number in zip(users, head_visit.tolist(), strict=True)]

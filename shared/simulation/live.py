@@ -68,7 +68,12 @@ class LiveShop:
     """Plays visits of the world's shoppers against the suite. Deterministic given the suite's answers and `clock`."""
 
     def __init__(
-        self, world: World, recommend: grpc.Channel, uploader: Uploader, *, clock: Callable[[], float] = time.time
+        self,
+        world: World,
+        recommend: grpc.Channel,
+        uploader: Uploader,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.world = world
         self.report = LiveReport()

@@ -123,7 +123,10 @@ class Shop:
                 title=self.titles[i],
                 description=f"{self.titles[i]}. Made up by a simulation.",
                 brand=self.brand_names[self.brand[i]],
-                category_path=(self.department_names[self.category[i]], self.category_names[self.category[i]]),
+                category_path=(
+                    self.department_names[self.category[i]],
+                    self.category_names[self.category[i]],
+                ),
                 price_micros=micros[i],
                 currency_code=CURRENCY,
                 attributes={"simulated": True, "consumable": bool(self.consumable[i])},

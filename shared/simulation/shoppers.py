@@ -125,9 +125,7 @@ def begin_visits(rng: np.random.Generator, shop: Shop, crowd: Crowd, rows: Ints,
     category = np.where(wander, rng.integers(0, len(shop.category_names), rows.size), category)
     fresh_rows = rows[fresh]
     crowd.need_category[fresh_rows] = category[fresh]
-    crowd.need[fresh_rows] = unit(
-        shop.category_direction[category[fresh]] + 0.4 * crowd.taste[fresh_rows]
-    )
+    crowd.need[fresh_rows] = unit(shop.category_direction[category[fresh]] + 0.4 * crowd.taste[fresh_rows])
     crowd.target[fresh_rows] = NO_ITEM
     due_rows = rows[due]
     crowd.target[due_rows] = crowd.due_item[due_rows]
