@@ -11,6 +11,7 @@ import numpy.typing as npt
 from services.recommend.domain.catalog import Catalog
 from services.recommend.domain.filter_expression import Expression
 from services.recommend.domain.history import History
+from services.recommend.domain.status import ModelState, StreamState
 from shared.identity import UserKey
 from shared.tokens import ConsistencyToken
 
@@ -54,6 +55,7 @@ class Model(Protocol):
     @property
     def created_time(self) -> float | None:
         """When the version was made, seconds since 1970."""
+
     @property
     def item_count(self) -> int: ...
     @property
@@ -63,12 +65,16 @@ class Model(Protocol):
     @property
     def rows_I(self) -> npt.NDArray[np.int32]:
         """The row of each of the model's items, int32, (I,)."""
+
     @property
     def popularity_I(self) -> Float32:
         """Decayed counts, float32, (I,), at least 0."""
 
     def indices_of(self, rows: npt.NDArray[np.int32]) -> Int64:
         """Returns the model's index of each row, -1 where it does not know the item, int64."""
+
+    def cosines(self, index: int) -> Float32:
+        """Returns the cosine of one item's vector with every item's, float32, (I,)."""
 
     def unit_vectors(self, indices: Int64) -> Float32:
         """Returns vectors of length 1, float32, (C, D); zeros for index -1."""
@@ -104,6 +110,9 @@ class ModelSource(Protocol):
     def current(self) -> Model | None:
         """Returns the model in service, None before there is one."""
 
+    def state(self) -> ModelState:
+        """Returns what is in service, and what was refused."""
+
 
 class CatalogSource(Protocol):
     """Where the catalogue is found."""
@@ -114,20 +123,6 @@ class CatalogSource(Protocol):
 
     def publish(self) -> Catalog:
         """Makes staged changes and new rows of the item index visible, and returns the state."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamState:
-    """How a stream of the profile service is doing; times in seconds since 1970, None never."""
-
-    name: str
-    connected: bool
-    last_message_time: float | None
-    watermark: bytes
-    watermark_time: float | None
-    entries: int
-    last_error: str
-    complete: bool
 
 
 @dataclass(frozen=True, slots=True)

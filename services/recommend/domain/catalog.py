@@ -191,7 +191,7 @@ class CatalogStore:
                 items.pop(row, None)
             else:
                 items[row] = item
-        timed_R = ~(np.isnan(columns["available_from"]) & np.isnan(columns["available_until"]))  # type: ignore[arg-type]
+        timed_R = ~(np.isnan(columns["available_from"]) & np.isnan(columns["available_until"]))
         for column in columns.values():
             column.flags.writeable = False
         self.current = Catalog(
@@ -290,4 +290,3 @@ def _keys(item: CatalogItem) -> dict[PostingKey, float | None]:
     keys: dict[PostingKey, float | None] = dict.fromkeys(texts)
     keys |= {(f"#attributes.{key}", ""): value for key, value in item.numbers.items()}
     return keys
-

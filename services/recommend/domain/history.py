@@ -123,4 +123,4 @@ def buy_again_scores(purchases: Purchases, now: float) -> npt.NDArray[np.float64
     interval_P = np.where(np.isnan(purchases.interval_P), DEFAULT_INTERVAL_SECONDS, purchases.interval_P)
     # An hour at least: an item bought a moment ago has a ratio, and is not due.
     ratio_P = np.maximum(now - purchases.newest_P, 3600.0) / np.maximum(interval_P, 3600.0)
-    return purchases.counts_P * np.exp(-np.abs(np.log(ratio_P)))
+    return purchases.counts_P.astype(np.float64) * np.exp(-np.abs(np.log(ratio_P)))

@@ -190,7 +190,7 @@ class RecommendRequest(_message.Message):
     """
     variant: _builtins.str
     """The variant of an experiment that chose this request's serving config, at
-    most 128 characters. Carried in the attribution token.
+    most 128 bytes in UTF-8. Carried in the attribution token.
     """
     item_view: Global___ItemView.ValueType
     """How much of each item's record is returned."""

@@ -245,8 +245,8 @@ class Reason(_message.Message):
         item.
         """
         KIND_BECAUSE_YOU_SAVED: Reason._Kind.ValueType  # 3
-        """The shopper put `source_item_id` into the cart, or on a list, and shoppers
-        who did so went on to this item.
+        """The shopper put `source_item_id` into the cart or on a list, rated, reviewed
+        or shared it, and shoppers who chose it went on to this item.
         """
         KIND_SEQUENCE: Reason._Kind.ValueType  # 4
         """The model reads the order of the last events that way; of these, leaving
@@ -285,8 +285,8 @@ class Reason(_message.Message):
     item.
     """
     KIND_BECAUSE_YOU_SAVED: Reason.Kind.ValueType  # 3
-    """The shopper put `source_item_id` into the cart, or on a list, and shoppers
-    who did so went on to this item.
+    """The shopper put `source_item_id` into the cart or on a list, rated, reviewed
+    or shared it, and shoppers who chose it went on to this item.
     """
     KIND_SEQUENCE: Reason.Kind.ValueType  # 4
     """The model reads the order of the last events that way; of these, leaving

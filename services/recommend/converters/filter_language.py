@@ -166,7 +166,7 @@ class FilterLanguage:
     def _parse(self, text: str, field: str) -> Expression:
         try:
             # The parser of lark keeps no state between calls, and so serves all threads.
-            return self._lark.parse(text)  # type: ignore[no-any-return]
+            return self._lark.parse(text)
         except _Problem as error:
             raise _invalid(text, field, error.token.start_pos or 0, error.message) from None
         except _TooDeep:
@@ -179,8 +179,9 @@ class FilterLanguage:
                 raise _invalid(text, field, 0, f"operators nest more than {MAX_DEPTH} deep") from None
             raise
         except UnexpectedCharacters as error:
-            what = f"unexpected {text[error.pos_in_stream]!r}"
-            raise _invalid(text, field, error.pos_in_stream, what + _hint(text, error.pos_in_stream)) from None
+            start = error.pos_in_stream or 0
+            what = f"unexpected {text[start]!r}"
+            raise _invalid(text, field, start, what + _hint(text, start)) from None
         except UnexpectedToken as error:
             if error.token.type == "$END":
                 raise _invalid(text, field, len(text), "the expression ends too early") from None
@@ -209,7 +210,7 @@ _NAMES = {
 
 def _hint(text: str, position: int) -> str:
     if text[position] == '"':
-        return "; a text ends with a quotation mark, and knows \\\" and \\\\ only"
+        return '; a text ends with a quotation mark, and knows \\" and \\\\ only'
     if text[position] == "'":
         return '; texts stand in double quotation marks, as in "red"'
     return ""

@@ -1,0 +1,188 @@
+"""Starts the recommend service: `python -m services.recommend`. The only place that wires."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
+
+from services.recommend.clients.catalog import CatalogClient
+from services.recommend.clients.metrics import (
+    BUNDLE_REFUSED,
+    EVENT_LAG_SECONDS,
+    MODEL_INFO,
+    MODEL_SWAPS,
+    PrometheusObserver,
+)
+from services.recommend.clients.profiles import ProfileClient
+from services.recommend.converters.filter_language import FilterLanguage
+from services.recommend.converters.requests import RequestConverter
+from services.recommend.domain.catalog import CatalogStore
+from services.recommend.domain.item_index import ItemIndex
+from services.recommend.domain.live_counts import LiveCounts
+from services.recommend.servicer import SERVICE_NAME, RecommendServicer
+from services.recommend.settings import RecommendSettings
+from services.recommend.storage import BundleModel, ModelWatcher
+from services.recommend.use_cases.configs import ServingConfigs
+from services.recommend.use_cases.explainer import Explainer
+from services.recommend.use_cases.histories import HistoryReader
+from services.recommend.use_cases.recommender import Recommender
+from services.recommend.use_cases.status import StatusReader
+from services.recommend.use_cases.world import WorldHolder
+from shared.channel import open_channel
+from shared.keys import read_verifying_key
+from shared.privacy import Pseudonymizer
+from shared.server import GrpcServer, run_service
+from shared.settings import EXIT_USAGE, load_settings
+from shared.telemetry import Telemetry
+from shared.tokens import TokenSigner
+
+
+class SystemClock:
+    """Implements `ports.Clock`."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class RecommendService:
+    """The wired service: a server, two streams and a watcher.
+
+    Args:
+        settings: see there.
+        telemetry: logger and tracer.
+
+    Raises:
+        FailedPrecondition: a key is missing.
+    """
+
+    def __init__(self, settings: RecommendSettings, telemetry: Telemetry) -> None:
+        self.settings = settings
+        signer = TokenSigner.from_directory(settings.keys_path)
+        pseudonymizer = Pseudonymizer.from_directory(settings.keys_path)
+        public_key = read_verifying_key(settings.keys_path)
+        clock = SystemClock()
+        index = ItemIndex()
+        self.catalog_store = CatalogStore(index)
+        counts = LiveCounts()
+        self._channel = open_channel(settings.profile_address)
+        self.profiles = ProfileClient(
+            self._channel,
+            index,
+            counts,
+            partition_index=settings.profile_partition_index,
+            partition_count=settings.profile_partition_count,
+            max_profiles=settings.max_profiles,
+            max_items=settings.max_items,
+            observe_lag=EVENT_LAG_SECONDS.observe,
+        )
+        self.catalog = CatalogClient(self._channel, self.catalog_store)
+        self.models = ModelWatcher(
+            settings.registry_path,
+            public_key,
+            index,
+            model=settings.recommend_model,
+            alias=settings.recommend_alias,
+            poll_seconds=settings.registry_poll_seconds,
+            on_loaded=_model_in_service(),
+            on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
+        )
+        configs = ServingConfigs()
+        recommender = Recommender(
+            worlds=WorldHolder(self.models, self.catalog_store, index),
+            histories=HistoryReader(self.profiles, clock),
+            counts=counts,
+            filters=FilterLanguage(),
+            catalog_stream=self.catalog,
+            observer=PrometheusObserver(),
+            clock=clock,
+            new_id=lambda: os.urandom(8),
+            configs=configs,
+        )
+        self._servicer = RecommendServicer(
+            converter=RequestConverter(pseudonymizer, signer),
+            signer=signer,
+            recommender=recommender,
+            explainer=Explainer(recommender),
+            configs=configs,
+            status=StatusReader(self.models, self.profiles, self.catalog, clock),
+            budget_seconds=settings.answer_budget_seconds,
+        )
+        self.server = GrpcServer(
+            "recommend", settings, telemetry, register=[self._register], service_names=[SERVICE_NAME]
+        )
+        self._stopped = threading.Event()
+
+    def start(self) -> int:
+        """Starts everything and returns the port; calls are accepted at once, readiness follows."""
+        port = self.server.start()
+        self.profiles.start()
+        self.catalog.start()
+        self.models.start()
+        threading.Thread(target=self._become_ready, name="readiness", daemon=True).start()
+        return port
+
+    def stop(self, grace_seconds: float = 0.0) -> None:
+        """Ends everything."""
+        self._stopped.set()
+        self.server.stop(grace_seconds)
+        self.close()
+
+    def close(self) -> None:
+        """Ends what runs beside the server."""
+        self._stopped.set()
+        self.models.stop()
+        self.profiles.stop()
+        self.catalog.stop()
+        self._channel.close()
+
+    def _become_ready(self) -> None:
+        # Without the catalogue an item that is withdrawn might be shown; but not to answer is worse.
+        complete = self.catalog.wait_until_complete(self.settings.catalog_grace_seconds)
+        if not self._stopped.is_set():
+            self.server.set_ready(True, "" if complete else "degraded: the catalogue has not arrived yet")
+
+    def _register(self, server: grpc.Server) -> None:
+        recommend_service_pb2_grpc.add_RecommendServiceServicer_to_server(self._servicer, server)
+
+
+def _model_in_service() -> Callable[[BundleModel], None]:
+    previous: list[BundleModel] = []
+
+    def note(model: BundleModel) -> None:
+        for old in previous:
+            MODEL_INFO.remove(old.name, old.version)
+        previous[:] = [model]
+        MODEL_INFO.labels(model.name, model.version).set(1)
+        MODEL_SWAPS.inc()
+
+    return note
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    if sys.argv[1:] not in ([], ["serve"], ["migrate"]):
+        print("usage: python -m services.recommend [serve|migrate]", file=sys.stderr)
+        raise SystemExit(EXIT_USAGE)
+    if sys.argv[1:] == ["migrate"]:
+        print("recommend keeps nothing in a database: nothing to migrate", file=sys.stderr)
+        return
+    settings = load_settings(RecommendSettings)
+    service = RecommendService(settings, Telemetry("recommend", settings))
+    service.start()
+    try:
+        service.server.serve_until_signal()
+    finally:
+        service.close()
+
+
+if __name__ == "__main__":
+    run_service(main)

@@ -1,0 +1,216 @@
+"""Answers to messages."""
+
+from __future__ import annotations
+
+import math
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from shopkeeper.profile.v1 import item_pb2
+from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
+from shopkeeper.recommend.v1 import recommendation_pb2, serving_config_pb2
+
+from services.recommend.domain.recommendation import Answer, Degradation, Explanation, Freshness, Reason
+from services.recommend.domain.serving_config import ServingConfig
+from services.recommend.domain.status import ServiceStatus
+from shared.tokens import TokenSigner
+
+
+def response_of(answer: Answer, signer: TokenSigner, next_page_token: str) -> pb.RecommendResponse:
+    """Returns the message of an answer, its attribution token signed."""
+    response = pb.RecommendResponse(
+        attribution_token=answer.attribution.sign(signer),
+        model=model_info_of(answer),
+        freshness=freshness_of(answer.freshness),
+        next_page_token=next_page_token,
+    )
+    scores = answer.scores_K.tolist()
+    id_of = answer.index.id_of
+    for k, row in enumerate(answer.rows_K.tolist()):
+        item = response.items.add(
+            item_id=id_of(row), score=scores[k], position=answer.first_position + k, propensity=1.0
+        )
+        record = answer.records[k] if answer.records else None
+        if isinstance(record, item_pb2.Item):
+            item.item.CopyFrom(record)
+        if answer.reasons:
+            item.reasons.extend(reason_of(reason) for reason in answer.reasons[k])
+        if answer.purchase_counts_K is not None:
+            item.purchase_count = int(answer.purchase_counts_K[k])
+        if answer.expected_K is not None and not math.isnan(answer.expected_K[k]):
+            item.expected_time.CopyFrom(timestamp_of(float(answer.expected_K[k])))
+    for degradation in answer.degraded:
+        response.degraded.append(degradation_of(degradation))
+    if answer.stages:
+        response.trace.CopyFrom(trace_of(answer))
+    return response
+
+
+def model_info_of(answer: Answer) -> recommendation_pb2.ModelInfo:
+    """Returns which model and configuration made an answer."""
+    return recommendation_pb2.ModelInfo(
+        name=answer.model_name,
+        version=answer.model_version,
+        serving_config=answer.config.serving_config_id,
+        variant=answer.variant,
+        catalog_version=answer.catalog_version,
+    )
+
+
+def explanation_of(explanation: Explanation) -> pb.ExplainResponse:
+    """Returns the message of an explanation."""
+    answer = explanation.answer
+    return pb.ExplainResponse(
+        recommended=explanation.recommended,
+        position=explanation.position,
+        position_by_score=explanation.position_by_score,
+        score=explanation.score,
+        page_threshold_score=explanation.page_threshold_score,
+        source_scores=[
+            pb.ExplainResponse.SourceScore(
+                source=int(entry.source),  # type: ignore[arg-type]
+                score=entry.score,
+                contribution=entry.contribution,
+                rank=entry.rank,
+            )
+            for entry in explanation.source_scores
+        ],
+        verdicts=[int(verdict) for verdict in explanation.verdicts],  # type: ignore[misc]
+        reasons=[reason_of(reason) for reason in explanation.reasons],
+        findings=explanation.findings,
+        trace=trace_of(answer),
+        model=model_info_of(answer),
+        degraded=[degradation_of(degradation) for degradation in answer.degraded],
+        freshness=freshness_of(answer.freshness),
+    )
+
+
+def reason_of(reason: Reason) -> recommendation_pb2.Reason:
+    """Returns the message of a reason."""
+    message = recommendation_pb2.Reason(
+        kind=int(reason.kind),  # type: ignore[arg-type]
+        source_item_id=reason.source_item_id,
+        source_event_kind=reason.source_event_kind,  # type: ignore[arg-type]
+        contribution=reason.contribution,
+        text=reason.text,
+    )
+    if reason.source_event_time is not None:
+        message.source_event_time.CopyFrom(timestamp_of(reason.source_event_time))
+    return message
+
+
+def degradation_of(degradation: Degradation) -> recommendation_pb2.Degradation:
+    """Returns the message of a degradation."""
+    return recommendation_pb2.Degradation(cause=int(degradation.cause), text=degradation.text)  # type: ignore[arg-type]
+
+
+def freshness_of(freshness: Freshness) -> recommendation_pb2.Freshness:
+    """Returns the message of a freshness."""
+    message = recommendation_pb2.Freshness(watermark=freshness.watermark, events_used=freshness.events_used)
+    for field in ("watermark_time", "newest_event_time", "catalog_time"):
+        seconds = getattr(freshness, field)
+        if seconds is not None:
+            getattr(message, field).CopyFrom(timestamp_of(seconds))
+    return message
+
+
+def trace_of(answer: Answer) -> recommendation_pb2.Trace:
+    """Returns the message of an answer's trace."""
+    return recommendation_pb2.Trace(
+        stages=[
+            recommendation_pb2.Trace.Stage(
+                name=stage.name,
+                duration_micros=round(stage.seconds * 1e6),
+                candidates_in=stage.candidates_in,
+                candidates_out=stage.candidates_out,
+                detail=stage.detail,
+            )
+            for stage in answer.stages
+        ],
+        verdicts=[
+            recommendation_pb2.VerdictCount(verdict=int(verdict), items=items)  # type: ignore[arg-type]
+            for verdict, items in answer.verdict_counts
+        ],
+        sources=[int(source) for source in answer.sources],  # type: ignore[misc]
+    )
+
+
+def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig:
+    """Returns the message of a built-in serving config."""
+    message = serving_config_pb2.ServingConfig(
+        serving_config_id=config.serving_config_id,
+        display_name=config.display_name,
+        scorer=serving_config_pb2.ServingConfig.Scorer.Value(config.scorer.value),
+        placement_policies=[
+            serving_config_pb2.PlacementPolicy(
+                placement=policy.placement,
+                exclude_owned=policy.exclude_owned,
+                exclude_in_cart=policy.exclude_in_cart,
+                exclude_out_of_stock=policy.exclude_out_of_stock,
+                default_page_size=policy.default_page_size,
+            )
+            for policy in config.placement_policies.values()
+        ],
+        model="main",
+        model_alias="production",
+        built_in=True,
+        version=1,
+    )
+    if config.diversity_strength > 0:
+        message.diversity.CopyFrom(
+            serving_config_pb2.Diversity(
+                algorithm=serving_config_pb2.Diversity.ALGORITHM_MMR,
+                strength=config.diversity_strength,
+                depth=config.diversity_depth,
+            )
+        )
+    return message
+
+
+def timestamp_of(seconds: float) -> Timestamp:
+    """Returns the message of a time in seconds since 1970, held within the years 1 to 9999."""
+    seconds = min(max(seconds, -62135596800.0), 253402300799.0)
+    whole = math.floor(seconds)
+    return Timestamp(seconds=whole, nanos=min(int((seconds - whole) * 1e9), 999_999_999))
+
+
+def status_of(status: ServiceStatus) -> pb.GetModelStatusResponse:
+    """Returns the message of the service's state."""
+    models = status.models
+    served = pb.GetModelStatusResponse.ServedModel(
+        model=models.model_name,
+        alias=models.alias,
+        version=models.version,
+        item_count=models.item_count,
+        dimension=models.dimension,
+        max_history=models.max_history,
+        swap_count=models.swap_count,
+    )
+    if models.created_time is not None:
+        served.create_time.CopyFrom(timestamp_of(models.created_time))
+    if models.loaded_time is not None:
+        served.load_time.CopyFrom(timestamp_of(models.loaded_time))
+    response = pb.GetModelStatusResponse(
+        models=[served],
+        degraded=[degradation_of(degradation) for degradation in status.degraded],
+        start_time=timestamp_of(status.start_time),
+    )
+    for refusal in models.refused:
+        response.refused.add(
+            model=refusal.model,
+            version=refusal.version,
+            reason=refusal.reason,
+            text=refusal.text,
+            refuse_time=timestamp_of(refusal.time),
+        )
+    for stream in status.streams:
+        message = response.streams.add(
+            name=stream.name,
+            connected=stream.connected,
+            watermark=stream.watermark,
+            entries=stream.entries,
+            last_error=stream.last_error,
+            complete=stream.complete,
+        )
+        if stream.last_message_time is not None:
+            message.last_message_time.CopyFrom(timestamp_of(stream.last_message_time))
+    return response

@@ -1,0 +1,252 @@
+"""The model registry, read: which version is in service, and its arithmetic in rows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from services.recommend.domain.history import History
+from services.recommend.domain.item_index import ItemIndex
+from services.recommend.domain.status import ModelState, Refusal
+from services.recommend.ports import Float32, Int64, ModelHistory
+from shared.bundle.history import History as BundleHistory
+from shared.bundle.history import encoder_inputs, mark_clean_events
+from shared.bundle.reader import Bundle, load_bundle
+from shared.bundle.registry import PRODUCTION, Registry
+from shared.bundle.scoring import blended_scores, cooccurrence_contributions, cooccurrence_scores
+from shared.errors import ShopkeeperError
+from shared.telemetry import get_logger
+
+_LOGGER = get_logger("recommend.models")
+_MAX_REFUSED = 10
+_PENDING_RETRY_SECONDS = 1.0
+
+
+class BundleModel:
+    """A bundle, speaking in rows of the item index. Implements `ports.Model`."""
+
+    def __init__(self, bundle: Bundle, index: ItemIndex) -> None:
+        self._bundle = bundle
+        self._matrix = bundle.cooccurrence
+        # In memory and contiguous: a product over a mapped file would fault at the worst moment.
+        self._item_vectors_ID = np.ascontiguousarray(bundle.item_vectors)
+        self._item_bias_I = np.ascontiguousarray(bundle.item_bias)
+        self.popularity_I: Float32 = np.ascontiguousarray(bundle.popularity)
+        norms_I = np.linalg.norm(self._item_vectors_ID, axis=1)
+        self._inverse_norms_I = np.where(norms_I > 0, 1 / np.maximum(norms_I, 1e-12), 0).astype(np.float32)
+        self.rows_I = index.intern(bundle.item_ids)
+        indices_R = np.full(len(index), -1, dtype=np.int64)
+        indices_R[self.rows_I] = np.arange(bundle.item_count)
+        self._indices_R = indices_R
+        self.name = bundle.model
+        self.version = bundle.version
+        self.item_count = bundle.item_count
+        self.dimension = bundle.dimension
+        self.max_history = bundle.max_history
+        self.created_time = _timestamp(bundle.manifest.get("created_at"))
+
+    def indices_of(self, rows: npt.NDArray[np.int32]) -> Int64:
+        indices = np.full(len(rows), -1, dtype=np.int64)
+        within = rows < len(self._indices_R)
+        indices[within] = self._indices_R[rows[within]]
+        return indices
+
+    def cosines(self, index: int) -> Float32:
+        unit_D = self._item_vectors_ID[index] * self._inverse_norms_I[index]
+        return (self._item_vectors_ID @ unit_D) * self._inverse_norms_I
+
+    def unit_vectors(self, indices: Int64) -> Float32:
+        # Index -1 reads the last item, and is blanked.
+        vectors_CD = self._item_vectors_ID[indices] * self._inverse_norms_I[indices][:, None]
+        vectors_CD[indices < 0] = 0
+        return vectors_CD
+
+    def read_history(self, history: History) -> ModelHistory:
+        indices_N = self.indices_of(history.rows_N)
+        everybody_N = np.zeros(len(history), dtype=np.int32)
+        places = np.flatnonzero(mark_clean_events(everybody_N, indices_N, history.kinds_N))
+        return ModelHistory(indices_N[places], history.kinds_N[places], places)
+
+    def encode(self, history: ModelHistory) -> Float32:
+        read = BundleHistory(history.indices_H, history.kinds_H)
+        return self._bundle.encoder.encode(*encoder_inputs(read, self._item_vectors_ID, self.max_history))
+
+    def logits(self, query_D: Float32) -> Float32:
+        return self._item_vectors_ID @ query_D + self._item_bias_I
+
+    def cooccurrence(self, history: ModelHistory) -> Float32:
+        return cooccurrence_scores(self._matrix, history.indices_H, self._bundle.scoring)
+
+    def cooccurrence_contributions(self, history: ModelHistory, indices_C: Int64) -> Float32:
+        return cooccurrence_contributions(self._matrix, history.indices_H, indices_C, self._bundle.scoring)
+
+    def cooccurrence_term(self, c: Float32) -> Float32:
+        return np.float32(self._bundle.scoring.lambda_) * self.damped(c)
+
+    def damped(self, c: Float32) -> Float32:
+        return np.log1p(np.float32(self._bundle.scoring.scale) * c)
+
+    def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
+        return blended_scores(logits_I, c_I, self._bundle.scoring)
+
+
+class ModelWatcher:
+    """Follows an alias of the registry; implements `ports.ModelSource`.
+
+    The new version is loaded, verified and warmed beside the old one; then one reference is
+    replaced. A request that has begun keeps the model that it began with.
+
+    Args:
+        on_loaded: called with a model just before it comes into service.
+        on_refused: called with every refusal, for metrics.
+    """
+
+    def __init__(
+        self,
+        registry: Path,
+        public_key: Ed25519PublicKey,
+        index: ItemIndex,
+        *,
+        model: str = "main",
+        alias: str = PRODUCTION,
+        poll_seconds: float = 0.2,
+        on_loaded: Callable[[BundleModel], None] = lambda _: None,
+        on_refused: Callable[[Refusal], None] = lambda _: None,
+    ) -> None:
+        self._registry = Registry(registry)
+        self._alias_file = registry / model / "aliases" / f"{alias}.json"
+        self._public_key = public_key
+        self._index = index
+        self._model_name = model
+        self._alias = alias
+        self._poll_seconds = poll_seconds
+        self._on_loaded = on_loaded
+        self._on_refused = on_refused
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="model-watcher", daemon=True)
+        self._seen: tuple[int, int, int] | None = None
+        self._retry_at: float | None = None
+        self._model: BundleModel | None = None
+        self._state = ModelState(model, alias)
+
+    def current(self) -> BundleModel | None:
+        return self._model
+
+    def state(self) -> ModelState:
+        """Returns what is in service, and what was refused."""
+        return self._state
+
+    def start(self) -> None:
+        """Looks once, then follows the alias in the background."""
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the following."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def look(self) -> None:
+        """Puts the alias's version into service where it is another one, and fits."""
+        stamp = self._stamp()
+        retry = self._retry_at is not None and time.monotonic() >= self._retry_at
+        if stamp == self._seen and not retry:
+            return
+        self._seen, self._retry_at = stamp, None
+        if stamp is None:
+            return
+        version = ""
+        try:
+            alias = self._registry.alias(self._model_name, self._alias)
+            if alias is None:
+                return
+            version = alias.version
+            if self._state.version == version:
+                return
+            self._put_into_service(version)
+        except ShopkeeperError as error:
+            self._refuse(version, error.reason, error.message)
+        except Exception as error:
+            self._refuse(version, "UNREADABLE", f"{type(error).__name__}: {error}")
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            self.look()
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            status = self._alias_file.stat()
+        except OSError:
+            return None
+        return (status.st_mtime_ns, status.st_ino, status.st_size)
+
+    def _put_into_service(self, version: str) -> None:
+        began = time.monotonic()
+        bundle = load_bundle(self._registry.version_path(self._model_name, version), self._public_key)
+        model = BundleModel(bundle, self._index)
+        _warm(model)
+        self._on_loaded(model)
+        previous, self._model = self._state.version, model
+        self._state = replace(
+            self._state,
+            version=version,
+            created_time=model.created_time,
+            item_count=model.item_count,
+            dimension=model.dimension,
+            max_history=model.max_history,
+            loaded_time=time.time(),
+            swap_count=self._state.swap_count + 1,
+        )
+        _LOGGER.info(
+            "model in service",
+            model=model.name,
+            version=version,
+            items=model.item_count,
+            previous=previous,
+            seconds=round(time.monotonic() - began, 3),
+        )
+
+    def _refuse(self, version: str, reason: str, text: str) -> None:
+        # A version may be on its way to this disk: look again, though the alias does not change.
+        self._retry_at = time.monotonic() + _PENDING_RETRY_SECONDS
+        old = self._state
+        known = any(refusal.version == version and refusal.text == text for refusal in old.refused)
+        refusal = Refusal(self._model_name, version, reason, text, time.time())
+        others = [r for r in old.refused if r.version != version]
+        self._state = replace(old, refused=(refusal, *others)[:_MAX_REFUSED])
+        if not known:
+            self._on_refused(refusal)
+            _LOGGER.error("model refused", version=version, reason=reason, text=text, kept=old.version)
+
+
+def _warm(model: BundleModel) -> None:
+    """Runs every kernel once: the first request shall not pay for page faults.
+
+    Raises:
+        ValueError, RuntimeError: the encoder does not run, or its scores are not finite.
+    """
+    if not model.item_count:
+        return
+    newest = np.array([0], dtype=np.int64)
+    history = ModelHistory(newest, np.array([3], np.int32), np.zeros(1, np.int64))
+    scores_I = model.blend(model.logits(model.encode(history)), model.cooccurrence(history))
+    model.cosines(0)
+    if not np.isfinite(scores_I).all():
+        raise ValueError("its scores are not finite")
+
+
+def _timestamp(text: Any) -> float | None:
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None

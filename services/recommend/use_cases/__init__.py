@@ -1,0 +1,11 @@
+"""What the service does, in terms of its domain and its ports.
+
+world.py        one model and one catalogue, joined: what a request is answered from
+histories.py    a shopper's events, as fresh as asked for, within the deadline
+scoring.py      scores over the whole catalogue, by kind of question
+eligibility.py  what may not be shown
+selection.py    from scores to a page
+reasons.py      why, true of the score
+recommender.py  the pipeline
+explainer.py    why, and why not
+"""

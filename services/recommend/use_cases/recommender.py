@@ -1,0 +1,493 @@
+"""The pipeline: history, scores, eligibility, order, reasons, token.
+
+Every step works on arrays over the whole catalogue; Python objects are made for
+the items of the page alone. The first thing that a request does is to take one
+`World`; model and catalogue may change behind it, the answer does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from services.recommend.domain.history import NO_HISTORY, History
+from services.recommend.domain.item_index import ItemIndex
+from services.recommend.domain.live_counts import LiveCounts
+from services.recommend.domain.recommendation import (
+    Answer,
+    Cause,
+    ContextEvent,
+    Degradation,
+    Freshness,
+    ListKind,
+    Page,
+    Query,
+    Reason,
+    Source,
+    Stage,
+    Verdict,
+)
+from services.recommend.domain.serving_config import PlacementPolicy, Scorer, ServingConfig
+from services.recommend.ports import CatalogStream, Clock, FilterParser, Observer
+from services.recommend.use_cases.configs import ServingConfigs
+from services.recommend.use_cases.eligibility import (
+    Eligibility,
+    Exclusions,
+    FilterMasks,
+    judge,
+    rows_of,
+    rows_within,
+    shown_rows,
+)
+from services.recommend.use_cases.histories import STALE_AFTER_SECONDS, HistoryReader
+from services.recommend.use_cases.reasons import reasons_for
+from services.recommend.use_cases.scoring import (
+    Scores,
+    blended_scores,
+    buy_again,
+    newest_scores,
+    popular_scores,
+    similar_scores,
+    together_scores,
+    trending_scores,
+)
+from services.recommend.use_cases.selection import Selection, Tier, select
+from services.recommend.use_cases.world import World, WorldHolder
+from shared.errors import NotFound
+from shared.event_kinds import EventKind
+from shared.tokens import AttributionToken
+
+MAX_PAGE_SIZE = 100
+MAX_PAGED_ITEMS = 1_000
+"""Items after which there is no further page: nobody pages so far, and the token grows with them."""
+
+_ENCODE_SECONDS = 0.002
+_DIVERSITY_SECONDS = 0.001
+_EXPLANATION_SECONDS = 0.005
+_CART_EVENTS = 100
+
+
+@dataclass(slots=True)
+class Ranking:
+    """One request on its way: what every stage has found so far."""
+
+    query: Query
+    world: World
+    config: ServingConfig
+    policy: PlacementPolicy
+    now: float
+    deadline: float
+    history: History = NO_HISTORY
+    degraded: list[Degradation] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
+    freshness: Freshness = field(default_factory=Freshness)
+    scores: Scores = field(init=False)
+    eligibility: Eligibility = field(init=False)
+    tiers: list[Tier] = field(default_factory=list)
+    selection: Selection = field(init=False)
+    strength: float = 0.0
+    reasons: Sequence[Sequence[Reason]] = ()
+
+
+class Recommender:
+    """Answers every question that asks for items.
+
+    Args:
+        worlds: the model and the catalogue of each request.
+        histories: what shoppers did.
+        counts: what is popular now.
+        filters: compiled filters.
+        catalog_stream: how fresh the catalogue is.
+        observer: told of stages and degradations.
+        clock: time.
+        new_id: makes 8 random bytes for each answer.
+        configs: by id.
+    """
+
+    def __init__(
+        self,
+        *,
+        worlds: WorldHolder,
+        histories: HistoryReader,
+        counts: LiveCounts,
+        filters: FilterParser,
+        catalog_stream: CatalogStream,
+        observer: Observer,
+        clock: Clock,
+        new_id: Callable[[], bytes],
+        configs: ServingConfigs,
+    ) -> None:
+        self._worlds = worlds
+        self._histories = histories
+        self._counts = counts
+        self._filters = FilterMasks(filters)
+        self._catalog_stream = catalog_stream
+        self._observer = observer
+        self._clock = clock
+        self._new_id = new_id
+        self._configs = configs
+
+    def answer(self, query: Query, budget_seconds: float) -> Answer:
+        """Returns a page of recommendations, within the budget.
+
+        Raises:
+            InvalidInput: the filter does not parse, or profile refuses the consistency token.
+            NotFound: SERVING_CONFIG_NOT_FOUND; ITEM_NOT_FOUND for SIMILAR.
+        """
+        return self.assemble(self.rank(query, budget_seconds))
+
+    def rank(self, query: Query, budget_seconds: float) -> Ranking:
+        """Runs the pipeline up to the chosen page; raises as `answer` does."""
+        started = self._clock.monotonic()
+        config = self._configs.get(query.serving_config)
+        ranking = Ranking(
+            query=query,
+            world=self._worlds.current(),
+            config=config,
+            policy=config.policy(query.placement),
+            now=self._clock.now(),
+            deadline=started + budget_seconds,
+        )
+        # A filter that does not parse fails before any waiting.
+        filter_R = self._filters.mask(query.filter_text, ranking.world.catalog) if query.filter_text else None
+
+        self._read_history(ranking)
+        if query.consistency is not None:
+            # Waiting takes time in which a model or the catalogue may have changed: take the newest.
+            ranking.world = self._worlds.current()
+            if query.filter_text:
+                filter_R = self._filters.mask(query.filter_text, ranking.world.catalog)
+        mark = self._stage(ranking, "profile", started, len(ranking.history), len(ranking.history))
+
+        ranking.scores = scores = self._score(ranking)
+        ranking.degraded += scores.degraded
+        scored = int(np.count_nonzero(scores.score_R > -np.inf))
+        mark = self._stage(ranking, "score", mark, ranking.world.size, scored)
+
+        ranking.eligibility = self._judge(ranking, filter_R)
+        mark = self._stage(
+            ranking, "filter", mark, scored, int(np.count_nonzero(ranking.eligibility.eligible_R))
+        )
+
+        ranking.selection = self._select(ranking)
+        mark = self._stage(ranking, "rank", mark, scored, len(ranking.selection.rows_K))
+
+        if query.explained:
+            self._explain(ranking)
+            self._stage(
+                ranking, "reasons", mark, len(ranking.selection.rows_K), len(ranking.selection.rows_K)
+            )
+        self._note_missing(ranking)
+        return ranking
+
+    def assemble(self, ranking: Ranking) -> Answer:
+        """Returns the answer of a finished ranking."""
+        mark = self._clock.monotonic()
+        query, world, selection, scores = ranking.query, ranking.world, ranking.selection, ranking.scores
+        rows_K = selection.rows_K
+        model = world.model
+        digests_K = world.index.digests(world.size)[rows_K]
+        version = model.version if model is not None else ""
+        shown = query.page.offset + len(rows_K)
+        next_page = None
+        if selection.has_more and len(rows_K) and shown < MAX_PAGED_ITEMS:
+            next_page = Page(
+                offset=shown,
+                model_version=version,
+                seed=query.page.seed or query.seed,
+                shown_digests=np.concatenate([query.page.shown_digests, digests_K.astype(np.uint32)]),
+            )
+        attribution = AttributionToken(
+            recommendation_id=self._new_id(),
+            issued_at_ms=int(ranking.now * 1000),
+            placement=query.placement,
+            serving_config=ranking.config.serving_config_id,
+            model_version=version,
+            variant=query.variant,
+            item_digests_K=digests_K,
+            propensities_K=np.ones(len(rows_K), dtype=np.float32),
+        )
+        records: list[object | None] = []
+        if query.with_records:
+            record_of = world.catalog.record_of
+            records = [record_of(row) for row in rows_K.tolist()]
+        for degradation in ranking.degraded:
+            self._observer.degraded(degradation.cause.name)
+        expected_K, counts_K = self._purchases(ranking)
+        self._stage(ranking, "token", mark, len(rows_K), len(rows_K))
+        verdict_counts: list[tuple[Verdict, int]] = []
+        if query.traced:
+            verdict_counts = ranking.eligibility.counts(scores.score_R > -np.inf)
+        return Answer(
+            index=world.index,
+            rows_K=rows_K,
+            scores_K=selection.scores_K,
+            records=records,
+            reasons=ranking.reasons,
+            first_position=query.page.offset + 1,
+            expected_K=expected_K,
+            purchase_counts_K=counts_K,
+            attribution=attribution,
+            model_name=model.name if model is not None else "",
+            model_version=version,
+            catalog_version=world.catalog.version,
+            config=ranking.config,
+            variant=query.variant,
+            degraded=ranking.degraded,
+            freshness=ranking.freshness,
+            next_page=next_page,
+            stages=ranking.stages if query.traced else (),
+            verdict_counts=verdict_counts,
+            sources=scores.sources,
+        )
+
+    def _stage(
+        self, ranking: Ranking, name: str, since: float, before: int, after: int, detail: str = ""
+    ) -> float:
+        now = self._clock.monotonic()
+        self._observer.stage(name, now - since)
+        if ranking.query.traced:
+            ranking.stages.append(Stage(name, now - since, before, after, detail))
+        return now
+
+    def _remaining(self, ranking: Ranking) -> float:
+        return ranking.deadline - self._clock.monotonic()
+
+    def _read_history(self, ranking: Ranking) -> None:
+        query, index, now = ranking.query, ranking.world.index, ranking.now
+        if query.user_key is not None:
+            reading = self._histories.read(
+                query.user_key, query.consistency, query.consistency_text, ranking.deadline
+            )
+            ranking.history = reading.history
+            ranking.degraded += reading.degraded
+            ranking.freshness = self._histories.freshness(reading)
+        events = list(query.context_events)
+        if query.context_item_id:
+            events.append(ContextEvent(query.context_item_id, EventKind.ITEM_VIEW))
+        if query.kind is ListKind.CART:
+            events += [ContextEvent(item, EventKind.ADD_TO_CART) for item in query.item_ids[-_CART_EVENTS:]]
+        ranking.history = ranking.history.followed_by(_as_history(events, index, now))
+        history = ranking.history
+        ranking.freshness = replace(
+            ranking.freshness,
+            newest_event_time=float(history.times_N[-1]) if len(history) else None,
+            events_used=len(history),
+        )
+
+    def _score(self, ranking: Ranking) -> Scores:
+        world, query, history, now = ranking.world, ranking.query, ranking.history, ranking.now
+        model = world.model
+        match query.kind:
+            case ListKind.TRENDING:
+                return trending_scores(world, self._counts, query.window_seconds, now)
+            case ListKind.BUY_AGAIN:
+                return buy_again(world, history, now)
+            case ListKind.SIMILAR:
+                return self._similar(ranking, query.item_ids[0])
+            case ListKind.TOGETHER:
+                if model is None:
+                    nothing_R = np.full(world.size, -np.inf, dtype=np.float32)
+                    missing = Degradation(Cause.NO_MODEL, "no model is in service; nothing is known together")
+                    return Scores(nothing_R, [Source.COOCCURRENCE], degraded=[missing])
+                indices = model.indices_of(rows_of(world, query.item_ids))
+                return together_scores(world, model, np.unique(indices[indices >= 0]))
+        if ranking.config.scorer is Scorer.ITEM_TO_ITEM and model is not None and len(history):
+            indices_N = model.indices_of(history.rows_N)
+            known = np.flatnonzero(indices_N >= 0)
+            if len(known):
+                return similar_scores(world, model, int(indices_N[known[-1]]))
+        if ranking.config.scorer is Scorer.BLENDED and model is not None and len(history):
+            may_encode = self._remaining(ranking) > _ENCODE_SECONDS
+            return blended_scores(world, model, history, self._counts, now, may_encode=may_encode)
+        return popular_scores(world, self._counts, now)
+
+    def _similar(self, ranking: Ranking, item_id: str) -> Scores:
+        world = ranking.world
+        row = world.index.row_of(item_id)
+        if row is None or row >= world.size or not world.knows(row):
+            raise NotFound(
+                "ITEM_NOT_FOUND",
+                "Neither the catalogue nor the model in service knows this item; upsert it first.",
+                {"itemId": item_id},
+            )
+        model = world.model
+        index = -1 if model is None else int(model.indices_of(np.array([row], np.int32))[0])
+        if model is not None and index >= 0:
+            return similar_scores(world, model, index)
+        scores = popular_scores(world, self._counts, ranking.now)
+        category = world.catalog.category_of(row)
+        if category:
+            peers = world.catalog.posting(("category", category)).rows
+            peers = peers[scores.score_R[peers] > -np.inf]
+            if len(peers):
+                in_category_R = np.full(world.size, -np.inf, dtype=np.float32)
+                in_category_R[peers] = scores.score_R[peers]
+                scores.score_R = in_category_R
+        if model is not None:
+            scores.degraded.append(
+                Degradation(Cause.ITEM_UNKNOWN_TO_MODEL, "the item is newer than the model in service")
+            )
+        return scores
+
+    def _judge(self, ranking: Ranking, filter_R: np.ndarray | None) -> Eligibility:
+        world, query, policy = ranking.world, ranking.query, ranking.policy
+        about = [*query.item_ids] if query.kind is not ListKind.CART else []
+        if query.context_item_id:
+            about.append(query.context_item_id)
+        cart = [*query.cart_item_ids, *(query.item_ids if query.kind is ListKind.CART else ())]
+        owned = np.empty(0, dtype=np.int32)
+        if policy.exclude_owned and query.kind is not ListKind.BUY_AGAIN:
+            owned = rows_within(world, ranking.history.owned_rows())
+        excluded = np.concatenate(
+            [rows_of(world, query.exclude_item_ids), shown_rows(world, query.page.shown_digests)]
+        )
+        exclusions = Exclusions(
+            excluded=excluded,
+            in_cart=rows_of(world, cart) if policy.exclude_in_cart else np.empty(0, dtype=np.int32),
+            owned=owned,
+            context=rows_of(world, about),
+        )
+        return judge(
+            world,
+            exclusions,
+            filter_R=filter_R,
+            respects_stock=policy.exclude_out_of_stock,
+            now=ranking.now,
+        )
+
+    def _select(self, ranking: Ranking) -> Selection:
+        world, query, config, scores = ranking.world, ranking.query, ranking.config, ranking.scores
+        eligibility = ranking.eligibility
+        count = min(query.page_size or ranking.policy.default_page_size, MAX_PAGE_SIZE)
+        count = min(count, MAX_PAGED_ITEMS - query.page.offset)
+        personal = query.kind in (ListKind.RECOMMEND, ListKind.CART)
+        if personal and scores.model_history is not None and config.diversity_strength > 0:
+            if self._remaining(ranking) > _DIVERSITY_SECONDS:
+                ranking.strength = config.diversity_strength
+            else:
+                ranking.degraded.append(
+                    Degradation(Cause.DEADLINE_DIVERSITY_SKIPPED, "left out to keep the deadline")
+                )
+        made: dict[int, Tier] = {}
+
+        def first() -> Tier:
+            return Tier(scores.sources[0], scores.score_R, eligibility.eligible_R)
+
+        def new_items() -> Tier:
+            # What the model has not learnt yet comes after everything that it has: never lost, never first.
+            unknown_R = eligibility.eligible_R & (scores.score_R == -np.inf)
+            return Tier(Source.NEW_ITEMS, newest_scores(world), unknown_R)
+
+        def outside_filter() -> Tier:
+            popular_R = popular_scores(world, self._counts, ranking.now).score_R
+            return Tier(Source.POPULAR, popular_R, eligibility.unfiltered_R)
+
+        makers: list[Callable[[], Tier]] = [first]
+        if personal and scores.sources != [Source.NEW_ITEMS]:
+            makers.append(new_items)
+        fills_up = query.fill_up and query.kind is not ListKind.BUY_AGAIN
+        if fills_up and eligibility.filter_R is not None:
+            makers.append(outside_filter)
+
+        def remembered(number: int) -> Callable[[], Tier]:
+            def make() -> Tier:
+                made[number] = makers[number]()
+                return made[number]
+
+            return make
+
+        selection = select(
+            [remembered(number) for number in range(len(makers))],
+            count,
+            world.model,
+            ranking.strength,
+            config.diversity_depth,
+        )
+        ranking.tiers = [made[number] for number in sorted(made)]
+        if makers[-1] is outside_filter and len(makers) - 1 in selection.tiers_K:
+            ranking.degraded.append(
+                Degradation(
+                    Cause.FILTER_FALLBACK, "the filter leaves too few items; popular ones fill the page"
+                )
+            )
+        return selection
+
+    def _explain(self, ranking: Ranking) -> None:
+        selection = ranking.selection
+        if self._remaining(ranking) < _EXPLANATION_SECONDS:
+            ranking.degraded.append(
+                Degradation(Cause.DEADLINE_EXPLANATIONS_SKIPPED, "left out to keep the deadline")
+            )
+            return
+        ranking.reasons = self.reasons_of(ranking, selection.rows_K, selection.tiers_K)
+
+    def reasons_of(self, ranking: Ranking, rows_K: np.ndarray, tiers_K: np.ndarray) -> list[list[Reason]]:
+        """Returns the reasons of rows, each of a tier of the ranking."""
+        tiers = ranking.tiers
+        values_K = np.array(
+            [tiers[tier].score_R[row] for row, tier in zip(rows_K, tiers_K, strict=True)], dtype=np.float32
+        )
+        sources_K = [tiers[tier].source for tier in tiers_K]
+        if ranking.scores.model_history is not None and ranking.scores.logits_I is None:
+            # The prior that stood in for the encoder is no count.
+            sources_K = [Source.COOCCURRENCE if tier == 0 else tiers[tier].source for tier in tiers_K]
+        return reasons_for(ranking.world, ranking.scores, ranking.history, rows_K, sources_K, values_K)
+
+    def _note_missing(self, ranking: Ranking) -> None:
+        query, world, selection = ranking.query, ranking.world, ranking.selection
+        state = self._catalog_stream.state()
+        heard = state.last_message_time
+        if not state.complete:
+            ranking.degraded.append(
+                Degradation(
+                    Cause.CATALOG_UNAVAILABLE,
+                    "the catalogue has not arrived yet"
+                    + (f": {state.last_error}" if state.last_error else ""),
+                )
+            )
+        elif not state.connected and (heard is None or ranking.now - heard > STALE_AFTER_SECONDS):
+            ranking.degraded.append(
+                Degradation(Cause.CATALOG_STALE, f"the catalogue's stream: {state.last_error}")
+            )
+        ranking.freshness = replace(ranking.freshness, catalog_time=heard if state.complete else None)
+        model_version = world.model.version if world.model is not None else ""
+        if query.page.offset and query.page.model_version != model_version:
+            ranking.degraded.append(
+                Degradation(
+                    Cause.SNAPSHOT_CHANGED,
+                    "the model changed since the page before; this page is of the new one",
+                )
+            )
+        if not len(selection.rows_K) and world.model is None and not len(world.catalog.items):
+            ranking.degraded.append(Degradation(Cause.NO_ITEMS, "no model, no catalogue, no events"))
+
+    def _purchases(self, ranking: Ranking) -> tuple[np.ndarray | None, np.ndarray | None]:
+        scores, selection = ranking.scores, ranking.selection
+        if scores.purchases is None:
+            return None, None
+        purchases = scores.purchases
+        places_K = np.searchsorted(purchases.rows_P, selection.rows_K)
+        return (
+            purchases.newest_P[places_K] + purchases.interval_P[places_K],
+            purchases.counts_P[places_K],
+        )
+
+
+def _as_history(events: Sequence[ContextEvent], index: ItemIndex, now: float) -> History:
+    """Returns context events as a history; items that nobody has heard of are skipped.
+
+    They are not given rows: a caller could fill the memory with ids of its own making.
+    """
+    known = [(row, event) for event in events if (row := index.row_of(event.item_id)) is not None]
+    if not known:
+        return NO_HISTORY
+    times = np.array([now if event.time is None else event.time for _, event in known])
+    order = np.argsort(times, kind="stable")
+    return History(
+        np.array([row for row, _ in known], dtype=np.int32)[order],
+        np.array([event.kind for _, event in known], dtype=np.int32)[order],
+        times[order],
+    )

@@ -1,0 +1,146 @@
+"""Scores over the whole catalogue, by kind of question.
+
+Every scorer returns float32 (R,), -inf where it has no opinion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from services.recommend.domain.history import History, Purchases, buy_again_scores, purchases_of
+from services.recommend.domain.live_counts import LiveCounts
+from services.recommend.domain.recommendation import Cause, Degradation, Source
+from services.recommend.ports import Float32, Model, ModelHistory
+from services.recommend.use_cases.world import World
+
+SIMILAR_COOCCURRENCE_WEIGHT = 0.5
+"""Weight of log-damped co-occurrence beside the cosine, item to item."""
+
+
+@dataclass(slots=True)
+class Scores:
+    """What a scorer found.
+
+    Attributes:
+        score_R: the score, -inf where there is none.
+        sources: what it was made of.
+        model_history: the history as the model read it, where one took part.
+        logits_I, cooccurrence_I: the parts of the blend, where it is one.
+        seed_indices: the model's indices of the items that the question is about.
+        purchases: of BUY_AGAIN.
+        degraded: what it went without.
+    """
+
+    score_R: Float32
+    sources: list[Source]
+    model_history: ModelHistory | None = None
+    logits_I: Float32 | None = None
+    cooccurrence_I: Float32 | None = None
+    seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    purchases: Purchases | None = None
+    degraded: list[Degradation] = field(default_factory=list)
+
+
+def popular_scores(world: World, counts: LiveCounts, now: float) -> Scores:
+    """Popularity: the model's, else counted live, else the newest items of the catalogue."""
+    if world.model is not None:
+        return Scores(world.by_row(world.model.popularity_I), [Source.POPULAR])
+    no_model = Degradation(Cause.NO_MODEL, "no model is in service; popularity is counted live")
+    popularity_R = counts.popularity(world.size, now)
+    if popularity_R.any():
+        score_R = np.where(popularity_R > 0, popularity_R, np.float32(-np.inf))
+        return Scores(score_R, [Source.POPULAR], degraded=[no_model])
+    scores = Scores(newest_scores(world), [Source.NEW_ITEMS], degraded=[no_model])
+    scores.degraded.append(
+        Degradation(Cause.NO_POPULARITY, "no event has been seen; the newest items stand in")
+    )
+    return scores
+
+
+def newest_scores(world: World) -> Float32:
+    """Returns the time of the last write of each described item, in days since 1970."""
+    days_R = (world.catalog.numbers("update_time") / 86_400.0).astype(np.float32)
+    described_R = world.catalog.flags("described")
+    return np.where(described_R, np.nan_to_num(days_R, nan=0.0), np.float32(-np.inf))
+
+
+def blended_scores(
+    world: World, model: Model, history: History, counts: LiveCounts, now: float, *, may_encode: bool
+) -> Scores:
+    """The sequence model blended with co-occurrence; popularity where the model knows no event."""
+    read = model.read_history(history)
+    if not len(read):
+        return popular_scores(world, counts, now)
+    cooccurrence_I = model.cooccurrence(read)
+    if may_encode:
+        try:
+            logits_I = model.logits(model.encode(read))
+        except (RuntimeError, ValueError) as error:
+            scores = _without_encoder(world, model, read, cooccurrence_I)
+            scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
+            return scores
+        return Scores(
+            world.by_row(model.blend(logits_I, cooccurrence_I)),
+            [Source.SEQUENCE, Source.COOCCURRENCE],
+            model_history=read,
+            logits_I=logits_I,
+            cooccurrence_I=cooccurrence_I,
+        )
+    scores = _without_encoder(world, model, read, cooccurrence_I)
+    scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, "left out to keep the deadline"))
+    return scores
+
+
+def _without_encoder(world: World, model: Model, read: ModelHistory, cooccurrence_I: Float32) -> Scores:
+    # The same blend with the popularity prior in place of the model's distribution.
+    prior_I = np.log(model.popularity_I + np.float32(1e-3))
+    return Scores(
+        world.by_row(model.blend(prior_I, cooccurrence_I)),
+        [Source.POPULAR, Source.COOCCURRENCE],
+        model_history=read,
+        cooccurrence_I=cooccurrence_I,
+    )
+
+
+def similar_scores(world: World, model: Model, index: int) -> Scores:
+    """Cosine of item vectors plus log-damped co-occurrence from the one item."""
+    seed = _as_history(np.array([index], np.int64))
+    cooccurrence_I = model.cooccurrence(seed)
+    score_I = model.cosines(index) + np.float32(SIMILAR_COOCCURRENCE_WEIGHT) * model.damped(cooccurrence_I)
+    return Scores(
+        world.by_row(score_I),
+        [Source.CONTENT, Source.COOCCURRENCE],
+        cooccurrence_I=cooccurrence_I,
+        seed_indices=seed.indices_H,
+    )
+
+
+def together_scores(world: World, model: Model, indices: npt.NDArray[np.int64]) -> Scores:
+    """Co-occurrence from all of the items alike; none where it is 0."""
+    total_I = np.zeros(model.item_count, dtype=np.float32)
+    for index in indices:
+        total_I += model.cooccurrence(_as_history(np.array([index], np.int64)))
+    score_I = np.where(total_I > 0, total_I, np.float32(-np.inf))
+    return Scores(world.by_row(score_I), [Source.COOCCURRENCE], cooccurrence_I=total_I, seed_indices=indices)
+
+
+def buy_again(world: World, history: History, now: float) -> Scores:
+    """How much each bought item is due."""
+    purchases = purchases_of(history)
+    known_P = purchases.rows_P < world.size
+    score_R = np.full(world.size, -np.inf, dtype=np.float32)
+    score_R[purchases.rows_P[known_P]] = buy_again_scores(purchases, now)[known_P]
+    return Scores(score_R, [Source.BUY_AGAIN], purchases=purchases)
+
+
+def trending_scores(world: World, counts: LiveCounts, window_seconds: float, now: float) -> Scores:
+    """Events within the window; none where there was no event."""
+    counts_R = counts.trending(world.size, window_seconds, now)
+    return Scores(np.where(counts_R > 0, counts_R, np.float32(-np.inf)), [Source.TRENDING])
+
+
+def _as_history(indices: npt.NDArray[np.int64]) -> ModelHistory:
+    return ModelHistory(indices, np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int64))
