@@ -58,8 +58,7 @@ def recall_at_k(hit_BL: Bool, relevant_B: Int, k: int) -> Float:
 
 def precision_at_k(hit_BL: Bool, k: int) -> Float:
     """Returns Precision@k, (B,): the share of the first k positions that are relevant."""
-    precision_B: Float = hit_BL[:, :k].mean(axis=1) * (min(k, hit_BL.shape[1]) / k)
-    return precision_B
+    return np.asarray(hit_BL[:, :k].sum(axis=1) / k, np.float64)
 
 
 def ndcg_at_k(hit_BL: Bool, relevant_B: Int, k: int) -> Float:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from services.trainer.domain.hyper_parameters import resolve
 from services.trainer.pipeline.dataset import EventColumns
-from services.trainer.pipeline.hyper_parameters import resolve
 from services.trainer.pipeline.pipeline import Plan, TrainedModel, peak_resident_bytes, train_model
 from shared.bundle.history import INTEREST_KINDS
 

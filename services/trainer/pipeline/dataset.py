@@ -192,14 +192,6 @@ def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut
     return HeldOut(user_B, target_B, prefix_B)
 
 
-def tied_share(histories: Histories, held_out: HeldOut) -> float:
-    """Returns the share of held-out events with the same time as the event before: their order is arbitrary."""
-    if not len(held_out):
-        return 0.0
-    place_B = histories.start_U1[held_out.user_B] + held_out.prefix_B
-    return float(np.mean(histories.time_E[place_B] == histories.time_E[place_B - 1]))
-
-
 MIN_USERS = 20
 
 
@@ -217,6 +209,9 @@ def require_enough(histories: Histories) -> None:
             f"need {MIN_USERS} people and 5 items. Record or import more events, or widen the window.",
             {"users": str(users), "items": str(histories.item_count)},
         )
+
+
+WORD = "word:"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -237,21 +232,29 @@ def encode_attributes(
     attributes_of: Mapping[str, Sequence[str]],
     max_places: int = 12,
     min_items: int = 2,
+    min_items_of_word: int = 5,
 ) -> ItemAttributes:
-    """Returns attribute indices by item; values on fewer than `min_items` items tell nothing and are dropped.
+    """Returns attribute indices by item; values on too few items tell nothing and are dropped.
 
-    An item with more than `max_places` values keeps the rarest, which say most.
+    An item with more than `max_places` values keeps typed values before words of its title, and of each the
+    rarest, which say most. Words begin with `word:`.
     """
     items_with: dict[str, int] = {}
     for item_id in item_ids:
         for value in set(attributes_of.get(item_id, ())):
             items_with[value] = items_with.get(value, 0) + 1
-    kept = sorted(value for value, count in items_with.items() if count >= min_items)
+    kept = sorted(
+        value
+        for value, count in items_with.items()
+        if count >= (min_items_of_word if value.startswith(WORD) else min_items)
+    )
     index = {value: place + 1 for place, value in enumerate(kept)}
     rows = []
     for item_id in item_ids:
         values = {value for value in attributes_of.get(item_id, ()) if value in index}
-        rarest = sorted(values, key=lambda value: (items_with[value], value))[:max_places]
+        rarest = sorted(values, key=lambda value: (value.startswith(WORD), items_with[value], value))[
+            :max_places
+        ]
         rows.append(sorted(index[value] for value in rarest))
     places = max((len(row) for row in rows), default=0)
     attribute_IP = np.zeros((len(item_ids), places), np.int32)

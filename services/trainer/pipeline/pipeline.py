@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
 from services.trainer.pipeline.cooccurrence import count_cooccurrence
 from services.trainer.pipeline.dataset import (
@@ -39,7 +40,6 @@ from services.trainer.pipeline.evaluation import (
     sample_rows,
 )
 from services.trainer.pipeline.gate import Verdict, judge
-from services.trainer.pipeline.hyper_parameters import HyperParameters
 from shared.bundle.manifest import ScoringParameters
 from shared.errors import Cancelled, FailedPrecondition
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
-from services.trainer.pipeline.hyper_parameters import HyperParameters
 from services.trainer.pipeline.packing import PackedRows, pack_for_encoding, pack_for_training
 from services.trainer.pipeline.transformer import Encoder, allowed_within_segments
 from shared.errors import FailedPrecondition

@@ -26,7 +26,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import keras
 import tensorflow as tf
 
-from services.trainer.pipeline.hyper_parameters import HyperParameters
+from services.trainer.domain.hyper_parameters import HyperParameters
 from shared.bundle.history import KIND_COUNT
 
 _INITIAL_STDDEV = 0.02

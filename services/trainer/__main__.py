@@ -1,0 +1,108 @@
+"""The trainer: `python -m services.trainer` serves, `python -m services.trainer migrate` migrates.
+
+The composition root: the only place that wires. This process never imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
+
+from services.trainer.servicer import TrainerServicer
+from services.trainer.settings import TrainerSettings
+from services.trainer.storage import DirectoryRegistry, PostgresRunStore
+from services.trainer.supervisor import Supervisor
+from services.trainer.use_cases import Models, TrainingRuns
+from shared.bundle import Registry
+from shared.database import Database, migrate, resolve_url
+from shared.errors import FailedPrecondition
+from shared.keys import read_signing_key, read_verifying_key
+from shared.server import GrpcServer, run_service
+from shared.settings import load_settings
+from shared.telemetry import Telemetry
+from shared.tokens import TokenSigner
+
+SERVICE_NAME = "shopkeeper.trainer.v1.TrainerService"
+
+
+class Trainer:
+    """The service, wired: a server and a supervisor over one database and one registry.
+
+    Raises:
+        FailedPrecondition: a key is missing, or the address cannot be had.
+        Unavailable: the database cannot be reached.
+    """
+
+    def __init__(self, settings: TrainerSettings, telemetry: Telemetry, database_url: str) -> None:
+        signer = TokenSigner.from_directory(settings.keys_path)
+        self.database = Database(database_url, schema="trainer")
+        registry = Registry(settings.registry_path)
+        store = PostgresRunStore(self.database)
+        self.supervisor = Supervisor(store, self.database, registry, settings, database_url, telemetry.logger)
+        # Streams wait on it, so that a draining server need not wait for them.
+        self._draining = threading.Event()
+        runs = TrainingRuns(store, self.supervisor, wait=self._wait, max_queued=settings.max_queued_runs)
+        models = Models(DirectoryRegistry(registry, read_verifying_key(settings.keys_path)), wait=self._wait)
+        servicer = TrainerServicer(runs, models, signer)
+        self.server = GrpcServer(
+            "trainer",
+            settings,
+            telemetry,
+            register=[
+                lambda server: trainer_service_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, server)
+            ],
+            service_names=[SERVICE_NAME],
+        )
+        self.server.on_drain(self._draining.set)
+        self.server.on_drain(self.supervisor.stop)
+
+    def start(self) -> int:
+        """Starts answering and supervising; returns the port."""
+        port = self.server.start()
+        self.supervisor.start()
+        self.server.set_ready(True)
+        return port
+
+    def close(self) -> None:
+        """Ends the server, the runs' processes and the connections."""
+        self._draining.set()
+        self.supervisor.stop()
+        self.server.stop(0)
+        self.database.close()
+
+    def _wait(self, seconds: float) -> None:
+        self._draining.wait(seconds)
+
+
+def serve() -> None:
+    """Serves until SIGTERM."""
+    settings = load_settings(TrainerSettings)
+    telemetry = Telemetry("trainer", settings)
+    # Before the database: a missing key is what an operator should hear of first.
+    read_signing_key(settings.keys_path)
+    database_url = resolve_url(settings)
+    if settings.auto_migrate:
+        migrate(database_url, "trainer")
+    trainer = Trainer(settings, telemetry, database_url)
+    trainer.start()
+    try:
+        trainer.server.serve_until_signal()
+    finally:
+        trainer.database.close()
+
+
+def main() -> None:
+    """Dispatches on the command."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "serve"
+    if command == "serve":
+        serve()
+    elif command == "migrate":
+        migrate(resolve_url(load_settings(TrainerSettings)), "trainer")
+    else:
+        raise FailedPrecondition("USAGE", f"Unknown command {command!r}; use serve or migrate.")
+
+
+if __name__ == "__main__":
+    run_service(main)

@@ -1,0 +1,78 @@
+"""The catalogue, over gRPC."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import grpc
+from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
+
+from shared.channel import open_channel
+
+_SERVICE = "shopkeeper.profile.v1.CatalogService"
+_PAGE_SIZE = 1000
+_WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+class CatalogueClient:
+    """Reads what `profile` knows of items.
+
+    Args:
+        address: host:port of the profile service.
+        timeout_seconds: for each page.
+    """
+
+    def __init__(self, address: str, timeout_seconds: float) -> None:
+        self._channel = open_channel(address, service=_SERVICE)
+        self._stub = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
+        self._timeout_seconds = timeout_seconds
+
+    def attributes(self) -> tuple[dict[str, list[str]], str]:
+        """Returns the attribute values of each item id, such as "brand:acme", and why there are none.
+
+        A shop need not keep a catalogue here, and a model can do without: no failure is an error.
+        """
+        try:
+            return {item.item_id: values_of(item) for item in self._items()}, ""
+        except grpc.RpcError as error:
+            code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
+            return {}, f"the catalogue did not answer ({code})"
+
+    def close(self) -> None:
+        """Closes the channel."""
+        self._channel.close()
+
+    def _items(self) -> Iterator[item_pb2.Item]:
+        token = ""
+        while True:
+            page = self._stub.ListItems(
+                catalog_service_pb2.ListItemsRequest(page_size=_PAGE_SIZE, page_token=token),
+                timeout=self._timeout_seconds,
+            )
+            yield from page.items
+            token = page.next_page_token
+            if not token:
+                return
+
+
+def values_of(item: item_pb2.Item) -> list[str]:
+    """Returns an item's values: each step of its category, brand, tags, typed attributes, words of its title.
+
+    Numbers are left out: as names they say nothing, 9.99 is not near to 10.
+    """
+    path = list(item.category_path)
+    values = ["category:" + " > ".join(path[: depth + 1]) for depth in range(len(path))]
+    if item.brand:
+        values.append(f"brand:{item.brand}")
+    values += [f"tag:{tag}" for tag in item.tags]
+    for attribute in item.attributes:
+        kind = attribute.WhichOneof("value")
+        if kind == "text":
+            values.append(f"{attribute.key}={attribute.text}")
+        elif kind == "flag":
+            values.append(f"{attribute.key}={attribute.flag}")
+    if item.primary_item_id:
+        values.append(f"variant-of:{item.primary_item_id}")
+    values += sorted({f"word:{word}" for word in _WORD.findall(item.title.lower())})
+    return values

@@ -1,0 +1,208 @@
+"""Runs and versions, as the trainer thinks of them. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from shared.errors import FieldViolation, InvalidInput
+
+NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
+DEFAULT_MODEL = "main"
+PRODUCTION = "production"
+
+
+class RunState(StrEnum):
+    """Where a run stands; names as in the proto, without the prefix."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    CANCELLING = "CANCELLING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will never change again."""
+        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class DataWindow:
+    """Which part of the log takes part. Times are RFC 3339 or None; see the proto for the rest."""
+
+    start_time: str | None = None
+    end_time: str | None = None
+    kinds: tuple[int, ...] = ()
+    min_user_events: int = 2
+    min_item_events: int = 1
+    max_user_events: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationConfig:
+    """How a model is measured."""
+
+    exclude_seen: bool = True
+    max_users: int = 20_000
+    bootstrap_resamples: int = 1_000
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """What to train, with every default filled in. `overrides` holds departures from the size, by name."""
+
+    size: str = "small"
+    overrides: Mapping[str, float | int] = field(default_factory=dict)
+    seed: int = 0
+    window: DataWindow = DataWindow()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    max_train_seconds: int = 0
+    promote: bool = True
+    promote_alias: str = PRODUCTION
+    force: bool = False
+    refit: bool = True
+    max_memory_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a form that `from_json` reads."""
+        fields = asdict(self)
+        fields["overrides"] = dict(self.overrides)
+        fields["window"]["kinds"] = list(self.window.kinds)
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TrainingConfig:
+        """Reads the form of `to_json`; fields of a later build are ignored."""
+        known = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
+        window = dict(known.pop("window", {}))
+        window["kinds"] = tuple(window.get("kinds", ()))
+        evaluation = known.pop("evaluation", {})
+        return cls(
+            **known,
+            window=DataWindow(**{n: window[n] for n in DataWindow.__dataclass_fields__ if n in window}),
+            evaluation=EvaluationConfig(
+                **{n: evaluation[n] for n in EvaluationConfig.__dataclass_fields__ if n in evaluation}
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailure:
+    """Why a run failed: a reason of the contract, and words."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One entry of a run's journal. Stage as in the proto, without the prefix."""
+
+    sequence_number: int
+    created_at: datetime
+    stage: str
+    message: str
+    step: int = 0
+    epoch: int = 0
+    max_epochs: int = 0
+    loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    remaining_seconds: float | None = None
+    peak_resident_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """A run as it is stored. `gate` is as in the manifest, or None."""
+
+    run_id: str
+    model: str
+    state: RunState
+    stage: str
+    config: TrainingConfig
+    created_at: datetime
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    latest_progress: Progress | None = None
+    version: str = ""
+    gate: Mapping[str, Any] | None = None
+    failure: RunFailure | None = None
+    cancel_comment: str = ""
+    promoted: bool = False
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AliasChange:
+    """One change of an alias; `cause` as in the proto, without the prefix."""
+
+    version: str
+    previous: str | None
+    changed_at: str
+    cause: str
+    comment: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Where an alias points, and has pointed, newest first."""
+
+    alias: str
+    version: str
+    previous: str | None
+    changed_at: str
+    cause: str
+    history: tuple[AliasChange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A line of versions."""
+
+    name: str
+    aliases: tuple[Alias, ...]
+    latest_version: str
+    version_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """A version: its manifest, the aliases that point at it, and the card where it was asked for."""
+
+    model: str
+    version: str
+    manifest: Mapping[str, Any]
+    aliases: tuple[str, ...] = ()
+    card: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """PASSED, FAILED or FORCED; FAILED where the manifest has none."""
+        return str(self.manifest.get("gate", {}).get("verdict", "FAILED"))
+
+    @property
+    def gate_reasons(self) -> tuple[str, ...]:
+        """Findings of the checks that failed."""
+        return tuple(str(reason) for reason in self.manifest.get("gate", {}).get("reasons", ()))
+
+
+def check_name(name: str, field_name: str, default: str) -> str:
+    """Returns the name, or the default for an empty one.
+
+    Raises:
+        InvalidInput: it does not match `^[a-z0-9][a-z0-9_-]{0,62}$`.
+    """
+    name = name or default
+    if not NAME.match(name):
+        problem = f"must match {NAME.pattern}: lower-case letters, digits, - and _, at most 63."
+        raise InvalidInput(
+            "INVALID_REQUEST", f"{field_name} {problem}", {}, [FieldViolation(field_name, problem)]
+        )
+    return name

@@ -1,0 +1,5 @@
+"""Runs the migrations of the trainer schema."""
+
+from shared.migrations_env import run
+
+run("trainer")

@@ -1,0 +1,41 @@
+"""Settings of the trainer service."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.settings import Address, ServiceSettings
+
+
+class TrainerSettings(ServiceSettings):
+    """What can be set of the trainer service, each by SHOPKEEPER_<NAME>."""
+
+    listen: Address = Field("127.0.0.1:7003", description="host:port on which the service answers.")
+    max_concurrent_runs: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Runs that work at once, of different models. Each takes every core it finds.",
+    )
+    max_queued_runs: int = Field(
+        100, ge=1, description="Runs that may wait; more are refused with RESOURCE_EXHAUSTED."
+    )
+    max_run_attempts: int = Field(
+        3, ge=1, description="How often a run is started anew when the trainer, not the run, was stopped."
+    )
+    run_memory_bytes: int = Field(
+        0, ge=0, description="Address space of a run's process beyond which it fails; 0 sets no limit."
+    )
+    run_silence_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="A run of a trainer that is gone counts as dead after so long without a heartbeat.",
+    )
+    cancel_grace_seconds: float = Field(
+        5.0, ge=0, description="A cancelled run has so long to stop by itself before it is killed."
+    )
+    catalogue_timeout_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="A run waits so long for a page of the catalogue, then trains without attributes.",
+    )
