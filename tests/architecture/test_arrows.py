@@ -40,7 +40,9 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
     # What runs in a training process of its own: the only code that imports TensorFlow.
     "trainer": {
         "pipeline": {"domain"},
-        "run": {"pipeline", "domain", "ports", "storage", "settings"},
+        "run": {"pipeline", "domain", "ports", "storage", "clients", "supervisor", "settings"},
+        # Starts and watches those processes.
+        "supervisor": {"domain", "ports"},
         "bench_quality": {"pipeline", "domain"},
     },
     "profile": {"metrics": set()},
