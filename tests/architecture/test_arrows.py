@@ -42,7 +42,7 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         "pipeline": {"domain"},
         "run": {"pipeline", "domain", "ports", "storage", "clients", "supervisor", "settings"},
         # Starts and watches those processes.
-        "supervisor": {"domain", "ports"},
+        "supervisor": {"domain", "ports", "settings", "storage"},
         "bench_quality": {"pipeline", "domain"},
     },
     "profile": {"metrics": set()},
