@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,16 +35,30 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_homes() -> Iterator[Callable[[], Path]]:
+    """Returns a function that makes a home for an embedded PostgreSQL, stopped and removed at the end.
+
+    Not below pytest's own temporary directory: as root the server runs as another user, and every
+    pytest that starts closes that directory to others.
+    """
+    homes: list[Path] = []
+
+    def make() -> Path:
+        homes.append(Path(tempfile.mkdtemp(prefix="shopkeeper-test-")))
+        return homes[-1]
+
+    yield make
+    for home in homes:
+        embedded_postgres.stop(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(postgres_homes: Callable[[], Path]) -> str:
     """URL of a PostgreSQL for this test process: SHOPKEEPER_TEST_DATABASE_URL, or an embedded one."""
-    if url := os.environ.get("SHOPKEEPER_TEST_DATABASE_URL"):
-        yield url
-        return
-    home = tmp_path_factory.mktemp("postgres")
-    url = embedded_postgres.start(home)
+    url = os.environ.get("SHOPKEEPER_TEST_DATABASE_URL") or embedded_postgres.start(postgres_homes())
     ensure_database(url)
-    yield url
-    embedded_postgres.stop(home)
+    return url
 
 
 @pytest.fixture

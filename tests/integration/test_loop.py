@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -14,7 +14,6 @@ from shopkeeper.profile.v1 import catalog_service_pb2, item_pb2, profile_service
 from shopkeeper.recommend.v1 import recommend_service_pb2
 from shopkeeper.trainer.v1 import model_pb2, trainer_service_pb2, training_run_pb2
 
-from shared import embedded_postgres
 from shared.database import ensure_database
 from shared.embedded_postgres import start as start_postgres
 from tests.integration.suite import SERVICES, Suite, eventually, view
@@ -29,11 +28,9 @@ def item_id(category: int, index: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def postgres_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def postgres_home(postgres_homes: Callable[[], Path]) -> Path:
     """A PostgreSQL of this module's own: its tests take it down."""
-    home = tmp_path_factory.mktemp("suite")
-    yield home
-    embedded_postgres.stop(home)
+    return postgres_homes()
 
 
 @pytest.fixture(scope="module")
