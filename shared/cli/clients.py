@@ -44,7 +44,7 @@ def health_of(address: str, timeout_seconds: float = 2.0) -> str:
     """Returns SERVING, NOT_SERVING, …, or what kept the service from answering."""
     with grpc.insecure_channel(address) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
+            answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(), timeout=timeout_seconds
             )
         except grpc.RpcError as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -144,10 +145,7 @@ def _keys(installation: Installation) -> Iterator[Finding]:
         return
     readers: dict[str, Callable[[], object]] = {
         "user_key": lambda: read_user_keys(keys),
-        **{
-            name: (lambda name=name: read_secret(keys, name))
-            for name in ("tombstone_key", "master_key", "token_key")
-        },
+        **{name: partial(read_secret, keys, name) for name in ("tombstone_key", "master_key", "token_key")},
         "signing_key": lambda: read_signing_key(keys),
         "signing_key.pub": lambda: read_verifying_key(keys),
     }

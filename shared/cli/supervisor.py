@@ -140,11 +140,8 @@ class Supervisor:
                     child.back_off, child.failures = FIRST_BACK_OFF_SECONDS, 0
                 continue
             child.failures += 1
-            if (
-                (not child.was_ready
-                and child.failures >= STARTS_THAT_MAY_FAIL)
-                or (status == 2
-                and not child.was_ready)
+            if (not child.was_ready and child.failures >= STARTS_THAT_MAY_FAIL) or (
+                status == 2 and not child.was_ready
             ):
                 raise FailedPrecondition(
                     "SERVICE_FAILED",
@@ -279,11 +276,14 @@ class Supervisor:
 
 
 def _taken_by(port: int) -> str:
-    import psutil
-
+    try:
+        import psutil
+    except ImportError:
+        return ""
     try:
         for connection in psutil.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr
+            if listens and tuple(connection.laddr)[1:2] == (port,) and connection.pid:
                 return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
     except psutil.Error:
         pass

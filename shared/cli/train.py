@@ -73,7 +73,6 @@ def watch_run(clients: Clients, run_id: str, *, quiet: bool = False) -> training
 
 
 _STAGES = 9
-_last_message = ""
 
 
 def _show_progress(progress: StepProgress, entry: training_run_pb2.TrainingProgress, *, quiet: bool) -> None:

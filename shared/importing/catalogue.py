@@ -127,7 +127,7 @@ def item_records(
     created = None
     if "created" in columns.fields:
         created = _optional_times(columns, source, now_us)
-    texts = {
+    texts: dict[str, list[str | None]] = {
         name: as_text(columns.fields[name]).to_pylist()
         for name in ("title", "description", "brand", "currency", "image", "available")
         if name in columns.fields

@@ -34,6 +34,7 @@ from shared.importing.typed_rows import (
     checked_ids,
     parsed_numbers,
     parsed_times,
+    whole_ids,
 )
 
 # Limits of the contract (feedback/v1/event.proto).
@@ -54,6 +55,9 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
     rows = columns.chunk.table.num_rows
     for rule in source.drop:
         _drop(columns, rule)
+    for field_name in ("user", "order"):
+        if field_name in columns.fields:
+            columns.fields[field_name] = whole_ids(columns.fields[field_name])
     texts = {f: as_text(columns.fields[f]) for f in _TEXT_FIELDS if f in columns.fields}
     kind = _kinds(columns, source)
     for reference in ("order", "session"):

@@ -15,7 +15,7 @@ from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.csv
@@ -394,9 +394,9 @@ def _parquet(path: Path) -> pa.parquet.ParquetFile:
 def _opened(path: Path) -> IO[bytes]:
     try:
         if path.suffix.lower() == ".gz":
-            stream: Any = gzip.open(path, "rb")
+            stream = gzip.GzipFile(path, "rb")
             stream.peek(1)
-            return stream  # type: ignore[no-any-return]
+            return cast("IO[bytes]", stream)
         return path.open("rb")
     except (OSError, EOFError) as error:
         raise _unreadable(

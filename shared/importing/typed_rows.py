@@ -120,6 +120,11 @@ def as_text(array: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(trimmed, ""), pa.scalar(None, pa.string()), trimmed)
 
 
+def whole_ids(array: pa.Array) -> pa.Array:
+    """Returns ids as text in which 17850.0 is 17850: tables with gaps are exported that way."""
+    return pc.replace_substring_regex(as_text(array), r"^(\d+)\.0$", r"\1")
+
+
 def checked_ids(columns: Columns, field: str, *, missing_remedy: str) -> pa.Array:
     """Returns the ids of a field; missing, too long ones and those with control characters reject their row."""
     ids = as_text(columns.fields[field])

@@ -130,9 +130,10 @@ def item_message(record: ItemRecord) -> item_pb2.Item:
         description=record.description,
         brand=record.brand,
         category_path=record.category_path,
-        image_uri=record.image_uri or None,
         withdrawn=record.withdrawn,
     )
+    if record.image_uri:
+        item.image_uri = record.image_uri
     if record.price_micros != UNKNOWN_PRICE:
         item.price_micros = record.price_micros
         item.currency_code = record.currency_code
@@ -210,8 +211,8 @@ class Uploader:
             if refused and len(self.report.samples) < SAMPLES:
                 status = event_pb2.EventStatus.Name(result.status).removeprefix("EVENT_STATUS_").lower()
                 self.report.samples.append(f"event {event_id} {status}: {result.field} {result.message}")
-        for status, count in counts.items():
-            name = event_pb2.EventStatus.Name(status)  # type: ignore[arg-type]
+        for code, count in counts.items():
+            name = event_pb2.EventStatus.Name(code)  # type: ignore[arg-type]
             self.report.events[name.removeprefix("EVENT_STATUS_").lower()] += count
         self.report.consistency_token = answer.consistency_token or self.report.consistency_token
 
