@@ -52,10 +52,10 @@ class FilterMasks:
 class Exclusions:
     """The rows that a request leaves out, by reason."""
 
-    excluded: npt.NDArray[np.int32] = _NO_ROWS
-    in_cart: npt.NDArray[np.int32] = _NO_ROWS
-    owned: npt.NDArray[np.int32] = _NO_ROWS
-    context: npt.NDArray[np.int32] = _NO_ROWS
+    excluded: npt.NDArray[np.int32]
+    in_cart: npt.NDArray[np.int32]
+    owned: npt.NDArray[np.int32]
+    context: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
