@@ -12,17 +12,17 @@ from typing import Any
 
 import psycopg
 import pytest
+from shopkeeper.profile.v1 import (
+    catalog_service_pb2_grpc,
+    item_pb2,
+    profile_service_pb2_grpc,
+)
 
 from services.profile.__main__ import SERVICE_NAMES, Profile
 from services.profile.settings import ProfileSettings
 from shared.event_kinds import EventKind
 from shared.privacy import Pseudonymizer
 from shared.tokens import ConsistencyToken, TokenSigner
-from shopkeeper.profile.v1 import (
-    catalog_service_pb2_grpc,
-    item_pb2,
-    profile_service_pb2_grpc,
-)
 
 DEADLINE_SECONDS = 20.0
 NOON = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -66,26 +66,30 @@ class Log:
         number = next(self._count)
         at = at or NOON + timedelta(seconds=number)
         key = uuid.UUID(int=(int(at.timestamp() * 1000) << 80) | (0x7 << 76) | (0x2 << 62) | number)
-        row = (connection or self.connection).execute(
-            """
+        row = (
+            (connection or self.connection)
+            .execute(
+                """
             INSERT INTO feedback.events (event_key, payload_digest, occurred_at, kind, device, channel, consent,
                 user_key, item_id, value, line_items, line_quantities, line_prices, currency_code)
             VALUES (%s, 0, %s, %s, 0, 0, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING xid::text
             """,
-            (
-                key,
-                at,
-                int(kind),
-                consent,
-                self.key(user_id),
-                None if lines else item_id,
-                value,
-                [line[0] for line in lines] if lines else None,
-                [line[1] for line in lines] if lines else None,
-                [line[2] for line in lines] if lines else None,
-                "EUR" if lines else None,
-            ),
-        ).fetchone()
+                (
+                    key,
+                    at,
+                    int(kind),
+                    consent,
+                    self.key(user_id),
+                    None if lines else item_id,
+                    value,
+                    [line[0] for line in lines] if lines else None,
+                    [line[1] for line in lines] if lines else None,
+                    [line[2] for line in lines] if lines else None,
+                    "EUR" if lines else None,
+                ),
+            )
+            .fetchone()
+        )
         assert row is not None
         return self.token(int(row[0]))
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import psycopg
 import pytest
+from shopkeeper.profile.v1 import profile_service_pb2 as pb
 
 from services.profile.domain.events import EMPTY_WINDOW, EventWindow
 from services.profile.ports import ChangedUsers, LogChanges
@@ -20,7 +21,6 @@ from shared.errors import DeadlineExceeded, FailedPrecondition, InvalidInput, Un
 from shared.event_kinds import EventKind
 from shared.identity import UserKey
 from shared.tokens import Watermark
-from shopkeeper.profile.v1 import profile_service_pb2 as pb
 from tests.profile.conftest import NOON, Log, Shop, eventually
 
 
@@ -132,24 +132,24 @@ def test_a_token_of_a_transaction_that_is_still_open_waits_until_the_deadline(
     assert isinstance(grpc_status.from_rpc_error(failure.value), DeadlineExceeded)
 
 
-@pytest.mark.parametrize(
-    ("request_", "field"),
-    [
-        (pb.GetProfileRequest(), "user"),
-        (pb.GetProfileRequest(user_id=""), "user_id"),
-        (pb.GetProfileRequest(user_id="a\x00b"), "user_id"),
-        (pb.GetProfileRequest(user_id="x" * 257), "user_id"),
-        (pb.GetProfileRequest(user_key=b"short"), "user_key"),
-        (pb.GetProfileRequest(user_id="ann", consistency_token="forged"), "consistency_token"),
-    ],
-)
-def test_a_malformed_request_names_the_field(shop: Shop, request_: pb.GetProfileRequest, field: str) -> None:
-    with pytest.raises(grpc.RpcError) as failure:
-        shop.profiles.GetProfile(request_)
+MALFORMED: list[tuple[pb.GetProfileRequest, str]] = [
+    (pb.GetProfileRequest(), "user"),
+    (pb.GetProfileRequest(user_id=""), "user_id"),
+    (pb.GetProfileRequest(user_id="a\x00b"), "user_id"),
+    (pb.GetProfileRequest(user_id="x" * 257), "user_id"),
+    (pb.GetProfileRequest(user_key=b"short"), "user_key"),
+    (pb.GetProfileRequest(user_id="ann", consistency_token="forged"), "consistency_token"),
+]
 
-    error = grpc_status.from_rpc_error(failure.value)
-    assert isinstance(error, InvalidInput)
-    assert [violation.field for violation in error.violations] == [field]
+
+def test_a_malformed_request_names_the_field(shop: Shop, subtests: pytest.Subtests) -> None:
+    for request, field in MALFORMED:
+        with subtests.test(field, request=str(request)):
+            with pytest.raises(grpc.RpcError) as failure:
+                shop.profiles.GetProfile(request)
+            error = grpc_status.from_rpc_error(failure.value)
+            assert isinstance(error, InvalidInput)
+            assert [violation.field for violation in error.violations] == [field]
 
 
 def test_a_batch_answers_in_the_order_asked_and_names_every_bad_row(shop: Shop) -> None:
