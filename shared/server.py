@@ -284,8 +284,10 @@ class _CallInterceptor(grpc.ServerInterceptor):
             with call.observed(context) as observation:
                 if self._enter_stream(call, observation):
                     end = time.monotonic() + self._max_stream_age_seconds
-                    responses = behavior(request, context)
+                    responses: Any = ()
                     try:
+                        # Inside: a behaviour that is no generator fails here, not at its first response.
+                        responses = behavior(request, context)
                         for response in responses:
                             yield response
                             # An abandoned or endless stream would hold its thread for ever.
