@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
+import psycopg
 from shopkeeper.feedback.v1 import feedback_service_pb2_grpc
 
 from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
@@ -23,7 +26,7 @@ from services.feedback.storage.people import PostgresPeople
 from services.feedback.storage.text_cipher import TextCipher
 from services.feedback.use_cases import ExportUser, ForgetUser, ManageConsent, MeasureMetrics, RecordEvents
 from shared.database import Database, migrate, resolve_url
-from shared.errors import FailedPrecondition, ShopkeeperError
+from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
 from shared.keys import read_secret, read_signing_key
 from shared.server import GrpcServer, run_service
 from shared.settings import load_settings
@@ -31,6 +34,7 @@ from shared.telemetry import Telemetry
 from shared.tokens import TokenSigner
 
 SERVICE = "feedback"
+STARTUP_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,30 +108,68 @@ def serve() -> None:
     # interpreter behind threads that convert requests.
     sys.setswitchinterval(0.001)
     telemetry = Telemetry(SERVICE, settings)
+    # Keys first: a missing one is not mended by waiting for the database.
     Door.from_directory(settings.keys_path)
-    url = resolve_url(settings)
-    if settings.auto_migrate:
-        migrate(url, SERVICE)
-    feedback = wire(settings, url)
+    feedback = _when_the_database_is_up(lambda: _prepared(settings), telemetry)
     server = GrpcServer(
         SERVICE, settings, telemetry, register=[feedback.register], service_names=[SERVICE_NAME]
     )
+    stopped = threading.Event()
+    server.on_drain(stopped.set)
     server.on_drain(feedback.servicer.drain)
-    server.start()
-
-    def finish_erasures() -> None:
-        try:
-            if count := feedback.people.finish_erasures():
-                telemetry.logger.info("erasures completed", count=count)
-        except ShopkeeperError as error:
-            telemetry.logger.warning("erasures not completed", reason=error.reason)
-
-    threading.Thread(target=finish_erasures, name="erasures", daemon=True).start()
-    server.set_ready(True)
     try:
+        server.start()
+        server.set_ready(True)
+        threading.Thread(
+            target=_watch_database,
+            args=(feedback, server, telemetry, stopped),
+            name="database-watch",
+            daemon=True,
+        ).start()
         server.serve_until_signal()
     finally:
         feedback.close()
+
+
+def _prepared(settings: FeedbackSettings) -> Feedback:
+    url = resolve_url(settings)
+    if settings.auto_migrate:
+        migrate(url, SERVICE)
+    return wire(settings, url)
+
+
+def _when_the_database_is_up(prepare: Callable[[], Feedback], telemetry: Telemetry) -> Feedback:
+    deadline = time.monotonic() + STARTUP_PATIENCE_SECONDS
+    while True:
+        try:
+            return prepare()
+        except Unavailable as error:
+            if time.monotonic() > deadline:
+                raise
+            telemetry.logger.warning("waiting for the database", reason=error.reason, **error.metadata)
+            time.sleep(1.0)
+
+
+def _watch_database(
+    feedback: Feedback, server: GrpcServer, telemetry: Telemetry, stopped: threading.Event
+) -> None:
+    """Tells load balancers while the log cannot be reached, and completes erasures that were cut short."""
+    ready, erasures_finished = True, False
+    while not stopped.wait(1.0 if erasures_finished else 0.0):
+        try:
+            if not erasures_finished:
+                if count := feedback.people.finish_erasures():
+                    telemetry.logger.info("erasures completed", count=count)
+                erasures_finished = True
+            with feedback.database.connect() as connection:
+                connection.execute("SELECT 1")
+            reachable = True
+        except (ShopkeeperError, psycopg.Error):
+            reachable = False
+            stopped.wait(1.0)
+        if reachable != ready:
+            ready = reachable
+            server.set_ready(ready, "" if ready else "the database cannot be reached")
 
 
 def main() -> None:

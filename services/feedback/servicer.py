@@ -32,7 +32,7 @@ from services.feedback.use_cases import (
     PendingBatch,
     RecordEvents,
 )
-from shared.errors import Unavailable, Unimplemented
+from shared.errors import ResourceExhausted, Unavailable, Unimplemented
 from shared.event_kinds import EventKind
 from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
@@ -137,8 +137,8 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
         def read() -> None:
             try:
                 for request in request_iterator:
-                    batch = self._reader.read(request.events)
-                    if not put((request.batch_number, self._use_cases.record_events.submit(batch))):
+                    pending = self._submit_patiently(self._reader.read(request.events), finished)
+                    if pending is None or not put((request.batch_number, pending)):
                         return
                 put(None)
             except Exception as error:
@@ -166,6 +166,15 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
                 )
         finally:
             finished.set()
+
+    def _submit_patiently(self, batch: ReadBatch, finished: threading.Event) -> PendingBatch | None:
+        # A stream is slowed down where a single call would be refused: its sender feels it as flow control.
+        while not finished.is_set():
+            try:
+                return self._use_cases.record_events.submit(batch)
+            except ResourceExhausted:
+                finished.wait(0.02)
+        return None
 
     # People
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -13,12 +14,12 @@ from typing import Any
 import grpc
 import psycopg
 import pytest
+from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 
 from services.feedback.__main__ import Feedback, wire
 from services.feedback.servicer import SERVICE_NAME
 from services.feedback.settings import FeedbackSettings
 from shared.database import migrate
-from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 
 STORED = event_pb2.EVENT_STATUS_STORED
 DUPLICATE = event_pb2.EVENT_STATUS_DUPLICATE
@@ -26,18 +27,23 @@ QUARANTINED = event_pb2.EVENT_STATUS_QUARANTINED
 REJECTED = event_pb2.EVENT_STATUS_REJECTED
 
 
+_sequence = itertools.count()
+
+
 def uuid7(at_ms: int | None = None) -> str:
-    """Returns a fresh UUIDv7."""
+    """Returns a fresh UUIDv7; later ones of the same millisecond are larger."""
     ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-    random = uuid.uuid4().int
-    value = (ms << 80) | (0x7 << 76) | ((random >> 68 & 0xFFF) << 64) | (0b10 << 62) | (random & ((1 << 62) - 1))
+    order = next(_sequence) & 0xFFF
+    value = (ms << 80) | (0x7 << 76) | (order << 64) | (0b10 << 62) | (uuid.uuid4().int & ((1 << 62) - 1))
     return str(uuid.UUID(int=value))
 
 
 def item_view(user_id: str = "ada", item_id: str = "lamp", **fields: Any) -> event_pb2.Event:
     """Returns an item view with a fresh id."""
     detail = fields.pop("item_view", event_pb2.ItemView(item_id=item_id))
-    return event_pb2.Event(event_id=fields.pop("event_id", uuid7()), user_id=user_id, item_view=detail, **fields)
+    return event_pb2.Event(
+        event_id=fields.pop("event_id", uuid7()), user_id=user_id, item_view=detail, **fields
+    )
 
 
 def event(user_id: str = "ada", **fields: Any) -> event_pb2.Event:

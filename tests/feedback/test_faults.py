@@ -1,0 +1,345 @@
+"""Killed servers, lost connections, random input: nothing acknowledged is lost, nothing is stored twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
+
+from tests.feedback.conftest import DUPLICATE, STORED, Shop, eventually, item_view
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Server:
+    """The service as a process of its own."""
+
+    def __init__(self, url: str, keys: Path, home: Path, port: int = 0) -> None:
+        self.log = home / "server.log"
+        self.port = port
+        environment = {
+            **os.environ,
+            "DATABASE_URL": url,
+            "SHOPKEEPER_HOME": str(home),
+            "SHOPKEEPER_KEYS": str(keys),
+            "SHOPKEEPER_LISTEN": f"127.0.0.1:{port}",
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.feedback"], cwd=REPOSITORY, env=environment, stderr=log
+            )
+        try:
+            self.port = int(eventually(self._ready, 60)[1])
+        except BaseException:
+            self.kill()
+            raise
+
+    def _ready(self) -> re.Match[str] | None:
+        log = self.log.read_text()
+        assert self.process.poll() is None, log
+        return re.search(r"feedback ready on 127\.0\.0\.1:(\d+)", log)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+
+def call(port: int, batch: list[event_pb2.Event]) -> list[int]:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = feedback_service_pb2_grpc.FeedbackServiceStub(channel)
+        answer = stub.RecordEvents(feedback_service_pb2.RecordEventsRequest(events=batch), timeout=20)
+        return [result.status for result in answer.results]
+
+
+@pytest.mark.slow
+def test_an_acknowledged_event_survives_a_killed_server(
+    database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    acknowledged: set[str] = set()
+    invoked: dict[str, event_pb2.Event] = {}
+    lock = threading.Lock()
+
+    def shopper(port: int) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = feedback_service_pb2_grpc.FeedbackServiceStub(channel)
+            sent: dict[int, list[str]] = {}
+
+            def batches() -> Iterator[feedback_service_pb2.StreamEventsRequest]:
+                number = 0
+                while True:
+                    number += 1
+                    batch = [item_view(user_id=f"user {number % 7}") for _ in range(20)]
+                    with lock:
+                        invoked.update({one.event_id: one for one in batch})
+                    sent[number] = [one.event_id for one in batch]
+                    yield feedback_service_pb2.StreamEventsRequest(batch_number=number, events=batch)
+
+            try:
+                for answer in stub.StreamEvents(batches(), timeout=60):
+                    assert {result.status for result in answer.results} == {STORED}
+                    with lock:
+                        acknowledged.update(sent[answer.batch_number])
+            except grpc.RpcError:
+                pass
+
+    for round_number in range(3):
+        home = tmp_path / str(round_number)
+        home.mkdir()
+        server = Server(database_url, keys_dir, home)
+        shoppers = [threading.Thread(target=shopper, args=(server.port,)) for _ in range(3)]
+        goal = len(acknowledged) + 500
+        for thread in shoppers:
+            thread.start()
+        try:
+            eventually(lambda goal=goal: len(acknowledged) >= goal, 60)  # type: ignore[misc]
+        finally:
+            server.kill()
+        for thread in shoppers:
+            thread.join(30)
+
+    with psycopg.connect(database_url) as connection:
+        stored = [
+            str(key) for (key,) in connection.execute("SELECT event_key FROM feedback.events").fetchall()
+        ]
+    assert acknowledged <= set(stored) <= set(invoked)
+    assert len(stored) == len(set(stored))
+
+    # A client that was never answered sends again, and every event is there once.
+    home = tmp_path / "last"
+    home.mkdir()
+    server = Server(database_url, keys_dir, home)
+    try:
+        events = list(invoked.values())
+        for start in range(0, len(events), 1000):
+            batch = events[start : start + 1000]
+            for one, status in zip(batch, call(server.port, batch), strict=True):
+                assert status == (DUPLICATE if one.event_id in set(stored) else STORED)
+    finally:
+        server.process.terminate()
+        assert server.process.wait(30) == 0
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT count(*) FROM feedback.events").fetchone() == (len(invoked),)
+
+
+def test_a_missing_key_is_one_line_and_exit_code_two(database_url: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "DATABASE_URL": database_url,
+        "SHOPKEEPER_HOME": str(tmp_path),
+        "SHOPKEEPER_LISTEN": "127.0.0.1:0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "services.feedback"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "KEY_MISSING" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def disconnect(url: str, *, allow: bool) -> None:
+    """Cuts every connection of the service, and lets new ones in or not, as a restart would."""
+    name = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
+    with psycopg.connect(
+        psycopg.conninfo.make_conninfo(url, dbname="postgres"), autocommit=True
+    ) as connection:
+        connection.execute(
+            sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(
+                sql.Identifier(str(name)), sql.SQL("true" if allow else "false")
+            )
+        )
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,)
+        )
+
+
+def statuses_unless_unavailable(shop: Shop, batch: list[event_pb2.Event]) -> list[int]:
+    """Returns the verdicts, or nothing where the service asks for a retry; any other failure is raised."""
+    try:
+        return shop.statuses(*batch)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            raise
+        return []
+
+
+def test_the_service_outlives_its_database(shop: Shop) -> None:
+    assert shop.statuses(item_view()) == [STORED]
+    disconnect(shop.url, allow=False)
+    waiting = item_view()
+    # The channel retries UNAVAILABLE a few times by itself, and then says so.
+    for _ in range(2):
+        with pytest.raises(grpc.RpcError) as failure:
+            shop.record(waiting)
+        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    disconnect(shop.url, allow=True)
+
+    assert eventually(lambda: statuses_unless_unavailable(shop, [waiting])) == [STORED]
+    assert shop.count() == 2
+
+
+def test_connections_cut_again_and_again_lose_and_double_nothing(shop: Shop) -> None:
+    stopped = threading.Event()
+    acknowledged: list[str] = []
+
+    def shopper() -> None:
+        while not stopped.is_set():
+            batch = [item_view() for _ in range(5)]
+            while not stopped.is_set():
+                if statuses := statuses_unless_unavailable(shop, batch):
+                    assert set(statuses) <= {STORED, DUPLICATE}
+                    acknowledged.extend(one.event_id for one in batch)
+                    break
+
+    threads = [threading.Thread(target=shopper) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for goal in (50, 100, 150, 200):
+        eventually(lambda goal=goal: len(acknowledged) >= goal, 60)  # type: ignore[misc]
+        disconnect(shop.url, allow=True)
+    stopped.set()
+    for thread in threads:
+        thread.join(30)
+    stored = [str(key) for (key,) in shop.sql("SELECT event_key FROM feedback.events")]
+    assert set(acknowledged) <= set(stored)
+    assert len(stored) == len(set(stored))
+
+
+# Random, legal input
+
+TRAPS = [
+    "",
+    "a",
+    "\x00",
+    "é",
+    "e\u0301",
+    "\ud7ff",
+    "\U0010ffff",
+    "x" * 300,
+    "x" * 30_000,
+    '{"\\}',
+    "\r\n",
+    "EUR",
+    "'; --",
+]
+
+
+def fill(message: Message, rng: random.Random, depth: int = 0) -> Message:
+    """Sets random fields of a message to random legal values, edge cases more often than not."""
+    for field in message.DESCRIPTOR.fields:
+        if rng.random() < 0.35:
+            continue
+        count = rng.choice((0, 1, 2, 5)) if field.is_repeated else 1
+        for _ in range(count):
+            if field.type == FieldDescriptor.TYPE_MESSAGE:
+                if depth < 4:
+                    target = (
+                        getattr(message, field.name).add()
+                        if field.is_repeated
+                        else getattr(message, field.name)
+                    )
+                    target.SetInParent()
+                    fill(target, rng, depth + 1)
+                continue
+            value = scalar(field, rng)
+            if field.is_repeated:
+                getattr(message, field.name).append(value)
+            else:
+                setattr(message, field.name, value)
+    return message
+
+
+def scalar(field: FieldDescriptor, rng: random.Random) -> object:
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return rng.choice(TRAPS)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return rng.choice((b"", b"\x00", b"\xff" * 16, b"x" * 5_000))
+    if field.type == FieldDescriptor.TYPE_BOOL:
+        return rng.random() < 0.5
+    if field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT):
+        return rng.choice((0.0, -0.0, 1.0, 3.4e38, -1.0, 1e-45, float("inf"), float("-inf"), float("nan")))
+    if field.type == FieldDescriptor.TYPE_ENUM:
+        return rng.choice((0, 1, 2, 17, 99, -1, 2**31 - 1))
+    bits = 31 if field.type in (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_SINT32) else 63
+    return rng.choice((0, 1, -1, 1_700_000_000, 2**bits - 1, -(2**bits)))
+
+
+WRONG_CODES = (
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
+
+
+def outcome(shop: Shop, method: str, requests: list[Any], descriptor: Any) -> tuple[grpc.StatusCode, str]:
+    """Calls a method to its end and returns its code."""
+    call = getattr(shop.stub, method)
+    try:
+        if descriptor.client_streaming:
+            list(call(iter(requests), timeout=20))
+        elif method == "WatchMetrics":
+            stream = call(requests[0], timeout=20)
+            next(iter(stream))
+            stream.cancel()
+        elif descriptor.server_streaming:
+            list(call(requests[0], timeout=20))
+        else:
+            call(requests[0], timeout=20)
+    except grpc.RpcError as error:
+        return error.code(), error.details()
+    return grpc.StatusCode.OK, ""
+
+
+METHODS = feedback_service_pb2.DESCRIPTOR.services_by_name["FeedbackService"].methods
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), method=st.sampled_from(sorted(method.name for method in METHODS)))
+def test_random_legal_messages_never_end_in_unknown_or_internal(shop: Shop, seed: int, method: str) -> None:
+    descriptor = feedback_service_pb2.DESCRIPTOR.services_by_name["FeedbackService"].methods_by_name[method]
+    rng = random.Random(seed)
+    request_type = getattr(feedback_service_pb2, descriptor.input_type.name)
+    requests = [fill(request_type(), rng) for _ in range(2)]
+    code, details = outcome(shop, method, requests, descriptor)
+    assert code not in WRONG_CODES, (method, details)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_events_each_get_a_verdict(shop: Shop, seed: int) -> None:
+    rng = random.Random(seed)
+    events = [fill(event_pb2.Event(), rng) for _ in range(3)]
+    for one in events:
+        # Mostly whole, or nothing beyond the identity would ever be looked at.
+        if rng.random() < 0.9:
+            one.MergeFrom(event_pb2.Event(user_id=f"user {seed % 5}"))
+            one.event_id = item_view().event_id
+            one.ClearField("occurred_at")
+    results = shop.record(*events).results
+    assert len(results) == 3
+    assert all(result.status in (1, 2, 3, 4) for result in results)
+    assert all(result.reason and result.message for result in results if result.status == 4)

@@ -1,0 +1,295 @@
+"""Consent, erasure, export: what belongs to a person, and how it ends."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from cryptography.exceptions import InvalidSignature
+from shopkeeper.feedback.v1 import consent_pb2, event_pb2, feedback_service_pb2
+
+from services.feedback.converters.identities import Door
+from services.feedback.storage.partitions import WRITERS_LOCK
+from shared.keys import read_verifying_key
+from tests.feedback.conftest import REJECTED, STORED, Shop, event, eventually, item_view
+
+
+def set_consent(shop: Shop, user_id: str, **consent: bool) -> consent_pb2.Consent:
+    return shop.stub.SetConsent(
+        feedback_service_pb2.SetConsentRequest(user_id=user_id, consent=consent_pb2.Consent(**consent)),
+        timeout=10,
+    )
+
+
+def get_consent(shop: Shop, user_id: str) -> consent_pb2.Consent:
+    return shop.stub.GetConsent(feedback_service_pb2.GetConsentRequest(user_id=user_id), timeout=10)
+
+
+def forget(shop: Shop, user_id: str) -> consent_pb2.ErasureReceipt:
+    return shop.stub.ForgetUser(feedback_service_pb2.ForgetUserRequest(user_id=user_id), timeout=20)
+
+
+def export(shop: Shop, user_id: str) -> list[dict]:
+    parts = shop.stub.ExportUser(feedback_service_pb2.ExportUserRequest(user_id=user_id), timeout=20)
+    return [json.loads(line) for part in parts for line in part.json_lines]
+
+
+def seen_by_training(shop: Shop) -> int:
+    return int(shop.sql("SELECT count(*) FROM feedback.training_events_v1", role="shopkeeper_trainer")[0][0])
+
+
+def personalised(shop: Shop) -> list[bool]:
+    return [row[0] for row in shop.sql("SELECT personalisation FROM feedback.events_v1 ORDER BY event_key")]
+
+
+# Consent
+
+
+def test_who_never_said_allows_all_but_marketing(shop: Shop) -> None:
+    consent = get_consent(shop, "ada")
+    assert (consent.personalisation, consent.training, consent.marketing) == (True, True, False)
+    assert not consent.HasField("update_time")
+
+
+def test_consent_is_in_force_for_earlier_and_later_events(shop: Shop) -> None:
+    shop.record(item_view(), item_view(user_id="bob"))
+    set_consent(shop, "ada", training=False, personalisation=False)
+    shop.record(item_view())
+    assert seen_by_training(shop) == 1
+    assert personalised(shop) == [False, True, False]
+    set_consent(shop, "ada", training=True)
+    assert seen_by_training(shop) == 3
+    assert personalised(shop) == [False, True, False]
+
+
+def test_fields_that_are_not_set_stay_as_they_were(shop: Shop) -> None:
+    set_consent(shop, "ada", training=False)
+    consent = set_consent(shop, "ada", marketing=True)
+    assert (consent.personalisation, consent.training, consent.marketing) == (True, False, True)
+    assert get_consent(shop, "ada") == consent
+
+
+def test_an_event_can_narrow_consent_but_not_widen_it(shop: Shop) -> None:
+    shop.record(item_view(consent=event_pb2.EventConsent(training=False, personalisation=False)))
+    assert seen_by_training(shop) == 0
+    set_consent(shop, "bob", training=False, personalisation=False)
+    shop.record(item_view(user_id="bob", consent=event_pb2.EventConsent(training=True, personalisation=True)))
+    assert seen_by_training(shop) == 0
+    assert personalised(shop) == [False, False]
+
+
+def test_setting_nothing_is_an_error(shop: Shop) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        set_consent(shop, "ada")
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+# Texts
+
+
+def test_what_a_person_wrote_is_stored_under_their_own_key(shop: Shop) -> None:
+    shop.record(
+        event(review=event_pb2.Review(item_id="lamp", text="first words")),
+        event(review=event_pb2.Review(item_id="lamp", text="second words")),
+        event(user_id="bob", support_question=event_pb2.SupportQuestion(text="first words")),
+    )
+    sealed = [row[0] for row in shop.sql("SELECT text FROM feedback.events")]
+    assert len(set(sealed)) == 3
+    assert not any(b"words" in text for text in sealed)
+    assert shop.sql("SELECT count(*) FROM feedback.data_keys") == [(2,)]
+    texts = {line.get("text") for line in export(shop, "ada")}
+    assert {"first words", "second words"} <= texts
+
+
+def test_a_text_moved_to_another_row_does_not_decrypt(shop: Shop) -> None:
+    shop.record(
+        event(review=event_pb2.Review(item_id="a", text="one")),
+        event(review=event_pb2.Review(item_id="b", text="two")),
+    )
+    shop.sql("UPDATE feedback.events SET text = (SELECT text FROM feedback.events WHERE item_id = 'a')")
+    with pytest.raises(grpc.RpcError) as failure:
+        export(shop, "ada")
+    assert failure.value.code() is grpc.StatusCode.DATA_LOSS
+
+
+CANARY = "canary.4711@example.org"
+
+
+def test_a_raw_id_or_text_is_nowhere_in_the_database(shop: Shop) -> None:
+    shop.record(
+        item_view(user_id=CANARY, session_id=f"visit of {CANARY}"),
+        event(user_id=CANARY, review=event_pb2.Review(item_id="a", text=f"mine is {CANARY}")),
+        event(user_id=CANARY, search=event_pb2.Search(query=CANARY)),
+    )
+    set_consent(shop, CANARY, marketing=True)
+    raw = CANARY.encode()
+    disguises = [CANARY, raw.hex(), base64.b64encode(raw)[:-4].decode(), hashlib.sha256(raw).hexdigest()]
+    with psycopg.connect(shop.url) as connection:
+        tables = connection.execute(
+            "SELECT format('%I.%I', schemaname, tablename) FROM pg_tables WHERE schemaname = 'feedback'"
+        ).fetchall()
+        dump = "\n".join(
+            row[0]
+            for (table,) in tables
+            for row in connection.execute(f"SELECT t::text FROM {table} t").fetchall()
+        )
+    assert "4,0,0,0,f" in dump or len(dump) > 500
+    assert [disguise for disguise in disguises if disguise in dump] == []
+
+
+# Erasure
+
+
+def test_forgetting_erases_everything_and_says_so(shop: Shop) -> None:
+    shop.record(
+        item_view(),
+        event(review=event_pb2.Review(item_id="lamp", text="mine")),
+        item_view(user_id="bob"),
+    )
+    set_consent(shop, "ada", marketing=True)
+    receipt = forget(shop, "ada")
+    assert {row.table: row.row_count for row in receipt.erased_rows} == {
+        "events": 2,
+        "consents": 1,
+        "data_keys": 1,
+    }
+    assert shop.sql("SELECT count(*) FROM feedback.events") == [(1,)]
+    assert shop.sql("SELECT count(*) FROM feedback.data_keys") == [(0,)]
+    user_key = Door.from_directory(shop.keys).person("ada").user_keys[0]
+    assert list(receipt.user_keys) == [user_key]
+    assert shop.sql("SELECT user_key FROM feedback.tombstones_v1", role="shopkeeper_profile") == [(user_key,)]
+    assert len(export(shop, "ada")) == 1
+
+
+def test_the_receipt_is_signed(shop: Shop) -> None:
+    shop.record(item_view())
+    receipt = forget(shop, "ada")
+    key = read_verifying_key(shop.keys)
+    key.verify(receipt.signature, receipt.signed_payload)
+    statement = json.loads(receipt.signed_payload)
+    assert statement["receipt_id"] == receipt.receipt_id
+    assert statement["erased_rows"]["events"] == 1
+    with pytest.raises(InvalidSignature):
+        key.verify(receipt.signature, receipt.signed_payload.replace(b'"events":1', b'"events":2'))
+
+
+def test_later_events_of_a_forgotten_person_are_refused_for_ever(shop: Shop) -> None:
+    before = item_view()
+    shop.record(before)
+    forget(shop, "ada")
+    answer = shop.record(
+        item_view(), before, item_view(user_id="bob"), event(review=event_pb2.Review(item_id="a", text="x"))
+    )
+    assert [result.status for result in answer.results] == [REJECTED, REJECTED, STORED, REJECTED]
+    assert answer.results[0].reason == event_pb2.EVENT_REASON_USER_FORGOTTEN
+    assert answer.results[0].field == "events[0].user_id"
+    assert shop.sql("SELECT count(*) FROM feedback.data_keys") == [(0,)]
+    with pytest.raises(grpc.RpcError) as failure:
+        set_consent(shop, "ada", training=True)
+    assert failure.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert get_consent(shop, "ada").forgotten
+
+
+def test_forgetting_twice_is_harmless(shop: Shop) -> None:
+    shop.record(item_view())
+    first, second = forget(shop, "ada"), forget(shop, "ada")
+    assert second.erased_at == first.erased_at
+    assert {row.row_count for row in second.erased_rows} == {0}
+
+
+def test_forgetting_waits_for_a_writer_that_has_not_seen_the_tombstone(shop: Shop) -> None:
+    # A writer of another replica stands between its snapshot and its commit.
+    with psycopg.connect(shop.url) as writer:
+        writer.execute(f"SELECT pg_advisory_xact_lock_shared({WRITERS_LOCK})")
+        user_key = Door.from_directory(shop.keys).person("ada").user_keys[0]
+        receipts: list[consent_pb2.ErasureReceipt] = []
+        thread = threading.Thread(target=lambda: receipts.append(forget(shop, "ada")))
+        thread.start()
+        eventually(lambda: shop.sql("SELECT 1 FROM feedback.tombstones"))
+        writer.execute(
+            "INSERT INTO feedback.events (event_key, payload_digest, occurred_at, kind, device, channel, consent, "
+            "user_key) VALUES (gen_random_uuid(), 0, now(), 3, 0, 0, 0, %s)",
+            (user_key,),
+        )
+        assert not receipts
+        writer.commit()
+        thread.join(20)
+    assert {row.table: row.row_count for row in receipts[0].erased_rows}["events"] == 1
+    assert shop.count() == 0
+
+
+def test_an_erasure_that_was_cut_short_is_completed(shop: Shop) -> None:
+    shop.record(item_view())
+    person = Door.from_directory(shop.keys).person("ada")
+    shop.sql(
+        "INSERT INTO feedback.tombstones (tombstone_key, user_keys, erased_at) VALUES (%s, %s, now())",
+        person.tombstone_key,
+        list(person.user_keys),
+    )
+    assert shop.feedback.people.finish_erasures() == 1
+    assert shop.count() == 0
+    assert shop.feedback.people.finish_erasures() == 0
+
+
+def test_the_receipt_names_models_trained_since_the_first_event(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shared.bundle.registry import Registry
+
+    shop.record(item_view())
+    now = datetime.now(UTC)
+    manifests = {
+        "20200101t000000z-aaaaaa": {"created_at": (now - timedelta(days=1)).isoformat()},
+        "20200102t000000z-bbbbbb": {"created_at": (now + timedelta(seconds=1)).isoformat()},
+        "20200103t000000z-cccccc": {},
+    }
+    monkeypatch.setattr(Registry, "versions", lambda self: [("main", version) for version in manifests])
+    monkeypatch.setattr(Registry, "read_manifest", lambda self, model, version: manifests[version])
+    monkeypatch.setattr(Registry, "alias", lambda self, model, alias: None)
+    receipt = forget(shop, "ada")
+    assert [version.version for version in receipt.model_versions] == ["20200102t000000z-bbbbbb"]
+
+
+# Export
+
+
+def test_an_export_tells_everything_from_the_oldest(shop: Shop) -> None:
+    set_consent(shop, "ada", training=False)
+    lines = [event_pb2.OrderLine(item_id="lamp", quantity=2, price_micros=5_000_000)]
+    shop.record(
+        item_view(session_id="s"),
+        event(purchase=event_pb2.Purchase(order_id="o-1", lines=lines, currency_code="EUR")),
+        event(page_view=event_pb2.PageView(impressions=[event_pb2.Impression(item_id="sofa")])),
+        event(survey=event_pb2.Survey(nps=10, comment="good")),
+        item_view(user_id="bob"),
+    )
+    consent, *events = export(shop, "ada")
+    assert (consent["type"], consent["training"]) == ("consent", False)
+    assert [entry["kind"] for entry in events] == ["ITEM_VIEW", "PURCHASE", "PAGE_VIEW", "SURVEY"]
+    assert events[1]["lines"] == [{"item_id": "lamp", "quantity": 2.0, "price_micros": 5_000_000}]
+    assert events[1]["attributes"] == {"order_id": "o-1"}
+    assert events[2]["impressions"] == [{"item_id": "sofa", "position": 1}]
+    assert (events[3]["text"], events[3]["attributes"]) == ("good", {"nps": 10})
+
+
+def test_an_export_of_many_pages_is_whole(shop: Shop) -> None:
+    for _ in range(3):
+        shop.record(*[item_view() for _ in range(150)])
+    keys = [entry["event_key"] for entry in export(shop, "ada")[1:]]
+    assert len(keys) == len(set(keys)) == 450
+    assert keys == sorted(keys)
+
+
+def test_a_key_that_is_missing_stops_the_service_before_it_starts(tmp_path: Path) -> None:
+    from shared.errors import FailedPrecondition
+
+    with pytest.raises(FailedPrecondition) as failure:
+        Door.from_directory(tmp_path)
+    assert failure.value.reason == "KEY_MISSING"
