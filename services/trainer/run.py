@@ -20,13 +20,12 @@ import psycopg
 
 from services.trainer.clients import CatalogueClient
 from services.trainer.domain.hyper_parameters import HyperParameters, resolve
-from services.trainer.domain.runs import RunFailure, RunState, TrainingConfig, TrainingRun
+from services.trainer.domain.runs import EXIT_INTERRUPTED, RunFailure, RunState, TrainingConfig, TrainingRun
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.log_reader import read_events
 from services.trainer.pipeline.pipeline import Plan, TrainedModel, peak_resident_bytes, train_model
 from services.trainer.settings import TrainerSettings
 from services.trainer.storage import PostgresRunStore, PublishingLease
-from services.trainer.supervisor import EXIT_INTERRUPTED
 from shared.bundle import Registry, write_bundle
 from shared.bundle.history import INTEREST_KINDS
 from shared.database import Database

@@ -18,15 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.trainer.domain.runs import RunFailure, RunState, TrainingRun
+from services.trainer.domain.runs import EXIT_INTERRUPTED, RunFailure, RunState, TrainingRun
 from services.trainer.settings import TrainerSettings
 from services.trainer.storage import PostgresRunStore, PublishingLease
 from shared.bundle import Registry
 from shared.database import Database
 from shared.errors import Unavailable
 
-# A run's process that was told to stop by the trainer, not by a caller (EX_TEMPFAIL).
-EXIT_INTERRUPTED = 75
 _TICK_SECONDS = 0.25
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 

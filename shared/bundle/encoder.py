@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 
+_STATEFUL = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE"}
+
+
 class LiteRtEncoder:
     """An encoder that any number of threads may call.
 
@@ -32,6 +35,9 @@ class LiteRtEncoder:
         foreign = sorted(name for name, builtin in operators if not builtin)
         if foreign:
             raise ValueError(f"it uses operators that are not built in: {', '.join(foreign)}")
+        stateful = sorted(name for name, _ in operators if name in _STATEFUL)
+        if stateful:
+            raise ValueError(f"it keeps state between calls: {', '.join(stateful)}")
         self._flatbuffer = flatbuffer
         self._local = threading.local()
         self._inputs, self._output = _match_signature(self._new_interpreter(), max_history, dimension)

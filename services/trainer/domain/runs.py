@@ -14,6 +14,8 @@ from shared.errors import FieldViolation, InvalidInput
 NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
 DEFAULT_MODEL = "main"
 PRODUCTION = "production"
+# Exit code of a run's process that the trainer, not a caller, told to stop (EX_TEMPFAIL).
+EXIT_INTERRUPTED = 75
 
 
 class RunState(StrEnum):

@@ -1,0 +1,215 @@
+"""Runs over gRPC, on a real PostgreSQL, with real training in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from shared.bundle import Registry, history_from_events, load_bundle
+from shared.bundle.history import encoder_inputs
+from shared.errors import ShopkeeperError
+from shared.grpc_status import from_rpc_error
+from shared.keys import read_verifying_key
+from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
+from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
+from tests.trainer.conftest import eventually, walk
+
+State = training_run_pb2.TrainingRun.State
+Stage = training_run_pb2.TrainingRun.Stage
+TINY = training_run_pb2.TrainingConfig(size=training_run_pb2.TrainingConfig.SIZE_TINY, max_train_seconds=10)
+
+
+def failure_of(call: Callable[[], object]) -> ShopkeeperError:
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return from_rpc_error(caught.value)
+
+
+def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_resumed(
+    record, start_trainer, tmp_path: Path, keys_dir: Path
+) -> None:
+    record(walk(users=300, items=60))
+    _, stub = start_trainer()
+    request = pb.CreateTrainingRunRequest(request_id="first", config=TINY)
+
+    created = stub.CreateTrainingRun(request)
+    again = stub.CreateTrainingRun(request)
+
+    assert again.run_id == created.run_id
+    seen = list(stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=created.run_id), timeout=60))
+    run = seen[-1].training_run
+    journal = [entry for message in seen for entry in message.progress]
+    assert run.state == State.STATE_SUCCEEDED, run.failure
+    assert [entry.sequence_number for entry in journal] == list(range(1, len(journal) + 1))
+    assert {Stage.STAGE_READING, Stage.STAGE_TRAINING, Stage.STAGE_EVALUATING, Stage.STAGE_PUBLISHING} <= {
+        entry.stage for entry in journal
+    }
+    passes = [entry for entry in journal if entry.epoch]
+    assert passes
+    assert all(entry.step > 0 and entry.loss > 0 and entry.metrics[0].name == "ndcg@10" for entry in passes)
+    resumed = list(
+        stub.WatchTrainingRun(
+            pb.WatchTrainingRunRequest(run_id=created.run_id, after_sequence_number=3), timeout=10
+        )
+    )
+    assert [e.sequence_number for m in resumed for e in m.progress] == list(range(4, len(journal) + 1))
+
+    # What was published is measured, judged, promoted, and loads where it serves.
+    assert run.promoted
+    assert run.gate.verdict == model_pb2.Gate.VERDICT_PASSED
+    version = stub.GetModelVersion(pb.GetModelVersionRequest(version="production"))
+    assert version.version == run.version
+    assert version.run_id == run.run_id
+    assert version.aliases == ["production"]
+    assert version.data.event_count > 1000
+    assert version.data.watermark
+    assert "# Model card" in version.card
+    ladder = {rung.name: {m.name: m for m in rung.metrics} for rung in version.evaluation.ladder}
+    assert list(ladder)[0] == "blend"
+    assert ladder["blend"]["ndcg@10"].low > ladder["popularity"]["ndcg@10"].high
+    bundle = load_bundle(
+        Registry(tmp_path / "registry").version_path("main", run.version), read_verifying_key(keys_dir)
+    )
+    history = history_from_events(["item-4", "item-5", "item-6"], [3, 3, 3], bundle.index_of)
+    query_D = bundle.encoder.encode(*encoder_inputs(history, bundle.item_vectors, bundle.max_history))
+    best = {bundle.item_ids[index] for index in (bundle.item_vectors @ query_D).argsort()[-3:]}
+    assert best & {"item-7", "item-8"}
+
+    # Two versions later the first one can be had back.
+    second = stub.CreateTrainingRun(
+        pb.CreateTrainingRunRequest(request_id="second", config=TINY, model="main")
+    )
+    eventually(lambda: stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=second.run_id)).state in (4, 5))
+    newest = stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=second.run_id))
+    assert newest.state == State.STATE_SUCCEEDED, newest.failure
+    back = stub.RollbackModel(
+        pb.RollbackModelRequest(comment="worse in the shop", expected_current_version=newest.version)
+    )
+    assert back.aliases[0].version == run.version
+    assert back.aliases[0].history[0].comment == "worse in the shop"
+    assert (
+        failure_of(
+            lambda: stub.RollbackModel(pb.RollbackModelRequest(expected_current_version=newest.version))
+        ).reason
+        == "ALIAS_CHANGED"
+    )
+    assert failure_of(lambda: stub.RollbackModel(pb.RollbackModelRequest())).reason == "NO_PREVIOUS_VERSION"
+    forth = stub.PromoteModel(pb.PromoteModelRequest(version=newest.version, comment="it was not"))
+    assert forth.aliases[0].version == newest.version
+    assert forth.aliases[0].history[0].cause == model_pb2.AliasChange.CAUSE_PROMOTED
+    listed = stub.ListModelVersions(pb.ListModelVersionsRequest(page_size=1))
+    rest = stub.ListModelVersions(pb.ListModelVersionsRequest(page_size=1, page_token=listed.next_page_token))
+    assert [v.version for v in [*listed.model_versions, *rest.model_versions]] == sorted(
+        [run.version, newest.version], reverse=True
+    )
+    assert not rest.next_page_token
+    watched = []
+    for message in stub.WatchAliases(pb.WatchAliasesRequest(), timeout=10):
+        if message.snapshot_complete:
+            break
+        watched.append((message.model, message.alias.alias, message.alias.version))
+    assert watched == [("main", "production", newest.version)]
+
+
+def test_too_little_data_fails_with_the_numbers_and_leaves_nothing(
+    record, start_trainer, tmp_path: Path
+) -> None:
+    record([[1, 2, 3], [2, 3, 4], [1, 3, 5]])
+    _, stub = start_trainer()
+    run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=TINY))
+
+    *_, last = stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run.run_id), timeout=60)
+
+    assert last.training_run.state == State.STATE_FAILED
+    assert last.training_run.failure.reason == "TOO_LITTLE_DATA"
+    assert "3 people with at least 3 events" in last.training_run.failure.message
+    assert not Registry(tmp_path / "registry").versions()
+
+
+def test_a_killed_process_fails_the_run_and_a_cancelled_one_stops_and_nothing_is_published(
+    record, start_trainer, tmp_path: Path
+) -> None:
+    record(walk(users=300, items=60))
+    trainer, stub = start_trainer()
+    # So many passes without patience that it would train for a minute.
+    endless = training_run_pb2.TrainingConfig(
+        size=training_run_pb2.TrainingConfig.SIZE_TINY,
+        max_train_seconds=60,
+        overrides=training_run_pb2.HyperParameters(max_epochs=1000, patience=1000),
+    )
+    killed = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=endless))
+    waiting = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=endless))
+    dropped = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=endless))
+
+    def get(run_id: str) -> training_run_pb2.TrainingRun:
+        return stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run_id))
+
+    stub.CancelTrainingRun(pb.CancelTrainingRunRequest(run_id=dropped.run_id, comment="not needed"))
+    assert get(dropped.run_id).state == State.STATE_CANCELLED
+    eventually(lambda: get(killed.run_id).stage == Stage.STAGE_TRAINING)
+    # One run of a model at a time.
+    assert get(waiting.run_id).state == State.STATE_QUEUED
+    os.kill(trainer.supervisor.processes()[killed.run_id], signal.SIGKILL)
+    eventually(lambda: get(killed.run_id).state == State.STATE_FAILED)
+    assert get(killed.run_id).failure.reason == "PROCESS_DIED"
+    assert "SIGKILL" in get(killed.run_id).failure.message
+
+    eventually(lambda: get(waiting.run_id).stage == Stage.STAGE_TRAINING)
+    answer = stub.CancelTrainingRun(
+        pb.CancelTrainingRunRequest(run_id=waiting.run_id, comment="changed my mind")
+    )
+    assert answer.state in (State.STATE_CANCELLING, State.STATE_CANCELLED)
+    eventually(lambda: get(waiting.run_id).state == State.STATE_CANCELLED)
+    assert get(waiting.run_id).cancel_comment == "changed my mind"
+    assert (
+        stub.CancelTrainingRun(pb.CancelTrainingRunRequest(run_id=waiting.run_id)).state
+        == State.STATE_CANCELLED
+    )
+    refused = failure_of(lambda: stub.CancelTrainingRun(pb.CancelTrainingRunRequest(run_id=killed.run_id)))
+    assert refused.reason == "TRAINING_RUN_ENDED"
+    assert not Registry(tmp_path / "registry").versions()
+    eventually(lambda: not trainer.supervisor.processes())
+
+
+def test_a_run_whose_trainer_stops_waits_for_the_next_one(record, start_trainer) -> None:
+    record([[1, 2, 3]])
+    first, stub = start_trainer()
+    run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=TINY))
+    eventually(lambda: run.run_id in first.supervisor.processes())
+    first.supervisor.stop()
+    state = stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).state
+    # It may have found out that there is too little data before it was told to stop.
+    assert state in (State.STATE_QUEUED, State.STATE_FAILED)
+
+    _, stub = start_trainer()
+
+    eventually(
+        lambda: (
+            stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).failure.reason
+            == "TOO_LITTLE_DATA"
+        )
+    )
+
+
+def test_a_run_without_a_heartbeat_is_started_anew_and_in_the_end_given_up(record, start_trainer) -> None:
+    record([[1, 2, 3]])
+    trainer, stub = start_trainer(max_run_attempts=2, run_silence_seconds=1.0)
+    trainer.supervisor.stop()
+    run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=TINY))
+    # As a trainer leaves it that is killed together with its run's process.
+    with trainer.database.connect() as connection:
+        connection.execute(
+            "UPDATE training_runs SET state = 'RUNNING', attempt = 2, "
+            "heartbeat_at = now() - interval '1 hour' WHERE run_id = %s",
+            (run.run_id,),
+        )
+    _, stub = start_trainer(max_run_attempts=2, run_silence_seconds=1.0)
+    eventually(
+        lambda: stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).state == State.STATE_FAILED
+    )
+    assert stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).failure.reason == "INTERRUPTED"
