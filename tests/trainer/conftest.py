@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import psycopg
 import pytest
+from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 from services.trainer.__main__ import Trainer
 from services.trainer.pipeline.dataset import EventColumns
 from services.trainer.settings import TrainerSettings
 from shared.channel import open_channel
 from shared.telemetry import Telemetry
-from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 VIEW, PURCHASE = 3, 6
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
+from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
 from shared.bundle import Registry, history_from_events, load_bundle
 from shared.bundle.history import encoder_inputs
 from shared.errors import ShopkeeperError
 from shared.grpc_status import from_rpc_error
 from shared.keys import read_verifying_key
-from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
-from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 from tests.trainer.conftest import eventually, walk
 
 State = training_run_pb2.TrainingRun.State
@@ -70,7 +70,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     assert version.data.watermark
     assert "# Model card" in version.card
     ladder = {rung.name: {m.name: m for m in rung.metrics} for rung in version.evaluation.ladder}
-    assert list(ladder)[0] == "blend"
+    assert next(iter(ladder)) == "blend"
     assert ladder["blend"]["ndcg@10"].low > ladder["popularity"]["ndcg@10"].high
     bundle = load_bundle(
         Registry(tmp_path / "registry").version_path("main", run.version), read_verifying_key(keys_dir)

@@ -1,0 +1,219 @@
+"""What the model may and may not see."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from services.trainer.domain.hyper_parameters import resolve
+from services.trainer.pipeline.dataset import (
+    Cleaning,
+    EventColumns,
+    ItemAttributes,
+    clean,
+    encode_attributes,
+    hold_out,
+)
+from services.trainer.pipeline.packing import pack_for_training, pack_pieces, place_pieces
+from shared.bundle import history_from_events
+from tests.trainer.conftest import columns_of, walk
+
+NO_ATTRIBUTES = ItemAttributes(np.zeros((40, 0), np.int32), 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    from services.trainer.pipeline.training import SequenceModel
+
+    return SequenceModel(40, NO_ATTRIBUTES, resolve("tiny", {}), seed=3)
+
+
+def queries(model, items, kinds, segments):
+    import tensorflow as tf
+
+    rows, length = model.size.rows_per_step, model.size.max_history
+    padded = np.zeros((3, rows, length), np.int32)
+    for place, values in enumerate((items, kinds, segments)):
+        padded[place, 0, : len(values)] = values
+    model._refresh_vectors()
+    return model._encode_rows(*(tf.constant(part) for part in padded)).numpy()[0]
+
+
+def test_what_comes_later_changes_nothing_that_came_before(model) -> None:
+    kinds, segments = [3] * 6, [1] * 6
+    before = queries(model, [1, 2, 3, 4, 5, 6], kinds, segments)
+    after = queries(model, [1, 2, 3, 9, 5, 6], kinds, segments)
+    np.testing.assert_array_equal(before[:3], after[:3])
+    assert np.abs(before[3:6] - after[3:6]).max() > 1e-3
+
+
+def test_people_in_one_row_never_see_each_other(model) -> None:
+    together = queries(model, [1, 2, 3, 7, 8], [3] * 5, [1, 1, 1, 2, 2])
+    other_neighbour = queries(model, [5, 6, 9, 7, 8], [3] * 5, [1, 1, 1, 2, 2])
+    alone = queries(model, [7, 8], [3] * 2, [1, 1])
+    np.testing.assert_array_equal(together[3:5], other_neighbour[3:5])
+    np.testing.assert_allclose(together[3:5], alone[:2], atol=1e-6)
+
+
+def test_the_kind_of_an_event_matters(model) -> None:
+    viewed = queries(model, [1, 2], [3, 3], [1, 1])
+    bought = queries(model, [1, 2], [3, 6], [1, 1])
+    assert np.abs(viewed[1] - bought[1]).max() > 1e-3
+
+
+def test_the_served_encoder_says_what_training_says_also_for_short_and_for_long_histories(model) -> None:
+    from services.trainer.pipeline.export import convert, measure_parity
+
+    histories = clean(columns_of(walk(users=30, items=40, longest=60)), Cleaning())
+    flatbuffer = convert(model.encoder)
+    parity, _ = measure_parity(model, flatbuffer, histories, hold_out(histories, 1, False))
+    assert parity <= 1e-5
+
+
+def test_an_encoder_that_answers_no_number_is_no_parity(model) -> None:
+    from services.trainer.pipeline.export import convert, measure_parity
+
+    histories = clean(columns_of(walk(users=30, items=40)), Cleaning())
+    flatbuffer = convert(model.encoder)
+    weights = model.weights()
+    model.set_weights([np.full_like(weight, np.nan) for weight in weights])
+    parity, _ = measure_parity(model, flatbuffer, histories, hold_out(histories, 1, False))
+    model.set_weights(weights)
+    assert parity == np.inf
+
+
+def test_the_sampled_loss_with_every_other_item_as_negative_is_the_full_loss() -> None:
+    import tensorflow as tf
+
+    from services.trainer.pipeline.training import SequenceModel
+
+    size = resolve("tiny", {"negatives": 1})
+    attributes = ItemAttributes(np.zeros((10, 0), np.int32), 0)
+    model = SequenceModel(10, attributes, size, seed=1)
+    generator = np.random.default_rng(0)
+    query_MD = tf.constant(generator.normal(size=(4, 16)).astype(np.float32))
+    vector_ID = tf.constant(generator.normal(size=(10, 16)).astype(np.float32))
+    answer_M = tf.constant([2, 2, 2, 2])
+    others_N = tf.constant([i for i in range(10) if i != 2])
+    sampled = model._sampled_losses(query_MD, vector_ID, answer_M, others_N).numpy()
+    # log-Q stands for 9 items a draw here; nine draws need none.
+    uncorrected = -np.log(
+        np.exp(full_logits := (query_MD.numpy() @ vector_ID.numpy().T))[:, 2]
+        / (np.exp(full_logits[:, 2]) + 9 * np.exp(np.delete(full_logits, 2, axis=1)).sum(axis=1))
+    )
+    np.testing.assert_allclose(sampled, uncorrected, rtol=1e-4)
+
+
+def test_sparse_adam_moves_only_rows_that_were_read_and_as_adam_does() -> None:
+    import tensorflow as tf
+
+    from services.trainer.pipeline.training import SequenceModel
+
+    size = resolve("tiny", {"warmup_steps": 0, "learning_rate": 0.01})
+    model = SequenceModel(10, ItemAttributes(np.zeros((10, 0), np.int32), 0), size, seed=1)
+    before = model.id_table.numpy().copy()
+    gradient = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    model._apply(
+        tf.constant([3, 7]),
+        tf.constant([], tf.int32),
+        [tf.constant(gradient), None, *[None] * len(model.dense)],
+    )
+    after = model.id_table.numpy()
+    untouched = [i for i in range(10) if i not in (3, 7)]
+    np.testing.assert_array_equal(before[untouched], after[untouched])
+    # The first step of Adam is the learning rate in the gradient's direction.
+    np.testing.assert_allclose(after[[3, 7]] - before[[3, 7]], -0.01 * np.sign(gradient), rtol=1e-3)
+
+
+def test_packing_loses_no_event_and_fills_its_rows() -> None:
+    histories = clean(columns_of(walk(users=400, items=50, longest=90)), Cleaning())
+    packed = pack_for_training(histories, 32, np.random.default_rng(0))
+    expected = []
+    for user in range(histories.user_count):
+        items = histories.item_E[histories.start_U1[user] : histories.start_U1[user + 1]].tolist()
+        expected += list(itertools.pairwise(items))
+    known = packed.segment_RT > 0
+    found = list(zip(packed.item_RT[known].tolist(), packed.target_RT[known].tolist(), strict=True))
+    assert sorted(found) == sorted(expected)
+    assert packed.filled_share > 0.95
+
+
+def test_no_two_pieces_share_a_place() -> None:
+    length_S = np.random.default_rng(1).integers(1, 33, 500)
+    row_S, offset_S, rows = place_pieces(length_S, 32, np.random.default_rng(2))
+    taken = np.zeros((rows, 32), int)
+    for row, offset, length in zip(row_S, offset_S, length_S, strict=True):
+        taken[row, offset : offset + length] += 1
+    assert taken.max() == 1
+    assert length_S.sum() / taken.size > 0.97
+
+
+def test_segments_are_distinct_within_a_row_and_last_tokens_are_found() -> None:
+    item_E = np.arange(1, 10, dtype=np.int32)
+    packed = pack_pieces(
+        np.array([0, 3, 5]), np.array([3, 2, 4]), item_E, item_E, np.full(9, -1, np.int32), 8
+    )
+    assert packed.item_RT.ravel()[packed.last_S].tolist() == [3, 5, 9]
+    for row in packed.segment_RT:
+        pieces = [segment for segment in np.unique(row) if segment]
+        assert pieces == list(range(1, len(pieces) + 1))
+
+
+def test_cleaning_without_a_loop_equals_the_history_that_is_served() -> None:
+    generator = np.random.default_rng(5)
+    count = 2_000
+    events = EventColumns(
+        user_E=generator.integers(0, 50, count),
+        item_E=generator.integers(0, 6, count).astype(np.int32),
+        kind_E=generator.choice([1, 3, 4, 5, 6, 7, 13], count).astype(np.int32),
+        time_E=generator.permutation(count),
+        order_E=np.zeros(count, np.int64),
+        item_ids=[f"i{n}" for n in range(6)],
+    )
+    histories = clean(events, Cleaning(min_user_events=1, max_user_events=10_000))
+    index_of = {item_id: index for index, item_id in enumerate(histories.item_ids)}
+    for place, user in enumerate(histories.user_U.tolist()):
+        rows = np.flatnonzero(events.user_E == user)
+        rows = rows[np.argsort(events.time_E[rows])]
+        served = history_from_events(
+            [events.item_ids[i] for i in events.item_E[rows]], events.kind_E[rows].tolist(), index_of.get
+        )
+        span = slice(histories.start_U1[place], histories.start_U1[place + 1])
+        np.testing.assert_array_equal(served.indices_H, histories.item_E[span])
+        np.testing.assert_array_equal(served.kinds_H, histories.kind_E[span])
+
+
+def test_one_person_contributes_only_the_newest_events_and_rare_items_are_left_out() -> None:
+    histories = clean(
+        columns_of([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 0]]),
+        Cleaning(min_user_events=2, min_item_events=2, max_user_events=3),
+    )
+    assert histories.item_ids == ["item-0", "item-1"]
+    # Items 2 and 3 occur once; what they kept apart is no run here.
+    assert histories.item_E.tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_the_last_event_is_held_out_and_never_one_that_was_seen_before() -> None:
+    histories = clean(columns_of([[0, 1, 2], [0, 1, 0], [3, 4]]), Cleaning())
+    new_only = hold_out(histories, 1, exclude_seen=True)
+    everyone = hold_out(histories, 1, exclude_seen=False)
+    assert new_only.target_B.tolist() == [2, 4]
+    assert everyone.target_B.tolist() == [2, 0, 4]
+    assert [new_only.prefix(histories, 0)[0].tolist(), new_only.prefix(histories, 1)[0].tolist()] == [
+        [0, 1],
+        [3],
+    ]
+    assert hold_out(histories, 2, exclude_seen=True).user_B.tolist() == [0, 1]
+
+
+def test_typed_attributes_go_before_words_and_values_of_one_item_tell_nothing() -> None:
+    attributes_of = {
+        "a": ["brand:x", "word:red", "word:blue"],
+        "b": ["brand:x", "word:red", "brand:only-here"],
+        "c": ["word:red"],
+    }
+    encoded = encode_attributes(["a", "b", "c", "d"], attributes_of, max_places=1, min_items_of_word=2)
+    assert encoded.attribute_count == 2
+    assert encoded.attribute_IP.tolist() == [[1], [1], [2], [0]]
