@@ -15,6 +15,15 @@ from typing import Any
 
 import grpc
 import numpy as np
+from shopkeeper.profile.v1 import (
+    catalog_service_pb2,
+    catalog_service_pb2_grpc,
+    item_pb2,
+    live_profile_pb2,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+)
+from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 from services.recommend.__main__ import RecommendService
 from services.recommend.settings import RecommendSettings
@@ -27,15 +36,6 @@ from shared.keys import read_signing_key
 from shared.privacy import Pseudonymizer
 from shared.telemetry import Telemetry
 from shared.tokens import ConsistencyToken, TokenSigner, Watermark
-from shopkeeper.profile.v1 import (
-    catalog_service_pb2,
-    catalog_service_pb2_grpc,
-    item_pb2,
-    live_profile_pb2,
-    profile_service_pb2,
-    profile_service_pb2_grpc,
-)
-from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 MAX_HISTORY = 8
 

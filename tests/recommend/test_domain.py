@@ -49,7 +49,9 @@ class TestTopRows:
 
     @settings(max_examples=200, deadline=None)
     @given(
-        st.lists(st.tuples(st.sampled_from([0.0, 1.0, 2.0, -math.inf]), st.booleans()), min_size=1, max_size=40),
+        st.lists(
+            st.tuples(st.sampled_from([0.0, 1.0, 2.0, -math.inf]), st.booleans()), min_size=1, max_size=40
+        ),
         st.integers(1, 45),
     )
     def test_it_agrees_with_sorting(self, entries: list[tuple[float, bool]], count: int) -> None:
@@ -71,8 +73,12 @@ class TestDiversity:
         assert maximal_marginal_relevance(relevance, vectors, 0.1, 3).tolist() == [0, 1, 2]
 
     @settings(max_examples=100, deadline=None)
-    @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 2**32 - 1))
-    def test_it_agrees_with_its_naive_twin(self, candidates: int, count: int, strength: float, seed: int) -> None:
+    @given(
+        st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.1, 0.5, 0.9]), st.integers(0, 2**32 - 1)
+    )
+    def test_it_agrees_with_its_naive_twin(
+        self, candidates: int, count: int, strength: float, seed: int
+    ) -> None:
         random = np.random.default_rng(seed)
         relevance = -np.sort(-random.normal(size=candidates)).astype(np.float32)
         vectors = random.normal(size=(candidates, 4)).astype(np.float32)
@@ -117,7 +123,9 @@ class TestLiveCounts:
     def test_a_history_sent_again_counts_once(self) -> None:
         counts = LiveCounts()
         first = history((1, VIEW, 100.0), (2, VIEW, 200.0))
-        more = history((1, VIEW, 100.0), (2, VIEW, 200.0), (2, BUY, 300.0), (3, EventKind.REMOVE_FROM_CART, 301.0))
+        more = history(
+            (1, VIEW, 100.0), (2, VIEW, 200.0), (2, BUY, 300.0), (3, EventKind.REMOVE_FROM_CART, 301.0)
+        )
         for events in (first, first, more):
             counts.record(b"u", events.rows_N, events.kinds_N, events.times_N)
         assert counts.trending(5, 3600, now=400.0).tolist() == [0, 1, 2, 0, 0]
@@ -161,7 +169,9 @@ class TestItemIndex:
         index = ItemIndex()
         found: list[list[int]] = []
         ids = [f"item-{n}" for n in range(500)]
-        threads = [threading.Thread(target=lambda: found.append(index.intern(ids).tolist())) for _ in range(8)]
+        threads = [
+            threading.Thread(target=lambda: found.append(index.intern(ids).tolist())) for _ in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -103,7 +103,7 @@ def test_a_text_beyond_the_limit_is_refused_before_it_is_read() -> None:
         LANGUAGE.parse("x" * (MAX_CHARACTERS + 1))
 
 
-words = st.sampled_from(["a", "b", "ä \"quoted\"", "back\\slash", "c"])
+words = st.sampled_from(["a", "b", 'ä "quoted"', "back\\slash", "c"])
 numbers = st.sampled_from([-1.5, 0.0, 1.0, 2.5, 3.0])
 optional_numbers = st.none() | numbers.filter(lambda number: number >= 0)
 items = st.builds(
@@ -130,7 +130,16 @@ leaves = st.one_of(
     st.builds(
         Compare,
         st.sampled_from(
-            ["price", "list_price", "discount", "stock", "rating", "rating_count", "attributes.k", "attributes.n"]
+            [
+                "price",
+                "list_price",
+                "discount",
+                "stock",
+                "rating",
+                "rating_count",
+                "attributes.k",
+                "attributes.n",
+            ]
         ),
         st.sampled_from(["<", "<=", ">", ">=", "=", "!="]),
         numbers,
