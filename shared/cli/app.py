@@ -87,7 +87,6 @@ def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        say(f"Starting Shopkeeper in {installation.home}; logs are in {installation.logs}")
         supervisor.start()
         for name, address in supervisor.addresses.items():
             say(f"{name} is ready at {address}")
@@ -252,7 +251,7 @@ def train(
                 say(f"Run {run.run_id} is queued. `shopkeeper watch {run.run_id}` follows it.")
             return
         run = training.watch_run(clients, run.run_id, quiet=as_json)
-    raise typer.Exit(training.show_run(run, as_json=as_json))
+        raise typer.Exit(training.show_run(clients, run, as_json=as_json))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -261,7 +260,7 @@ def watch(run_id: str, home: HomeOption = None, as_json: JsonOption = False) -> 
     """Follow a training run to its end."""
     with Clients(Installation.from_environment(home)) as clients:
         run = training.watch_run(clients, run_id, quiet=as_json)
-    raise typer.Exit(training.show_run(run, as_json=as_json))
+        raise typer.Exit(training.show_run(clients, run, as_json=as_json))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2, recommendation_pb2
+from shopkeeper.trainer.v1 import model_pb2
 
 from shared.cli import import_data, recommendations, simulate, train
 from shared.cli.clients import Clients
@@ -159,12 +160,12 @@ def _play(
     )
     run = train.create_run(clients, max_seconds=TRAIN_SECONDS)
     run = train.watch_run(clients, run.run_id)
-    if train.show_run(run, as_json=False) != EXIT_OK:
+    if train.show_run(clients, run, as_json=False) != EXIT_OK:
         verdict.expect(False, f"training: {run.failure.message or 'the gate refused the version'}")
     if run.version:
         _wait_until_served(clients, run.version, verdict)
     _before_and_after(clients, users, report.consistency_token, label, verdict)
-    _judge_offline(run, verdict)
+    _judge_offline(train.evaluation_of(clients, run), verdict)
     if world is not None:
         since = time.time() - 1
         live, uploader = simulate.simulate_live(clients, world, LIVE_VISITS)
@@ -304,8 +305,8 @@ def _title(item: recommendation_pb2.RecommendedItem) -> str:
     return item.item.title or item.item_id
 
 
-def _judge_offline(run: Any, verdict: Verdict) -> None:
-    blend, popularity = (train.rung_of(run.evaluation, name) for name in ("blend", "popularity"))
+def _judge_offline(report: model_pb2.EvaluationReport, verdict: Verdict) -> None:
+    blend, popularity = (train.rung_of(report, name) for name in ("blend", "popularity"))
     if blend is None or popularity is None:
         verdict.expect(False, "the run has no offline metrics of the model and of popularity")
         return

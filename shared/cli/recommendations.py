@@ -101,7 +101,7 @@ def show_metrics(metrics: metrics_pb2.Metrics, *, as_json: bool, label: str = ""
         return
     rows = []
     for row in metrics.rows:
-        money = "; ".join(f"{_estimate(r.revenue_per_mille, 1e-6)} {r.currency_code}" for r in row.revenues)
+        money = "; ".join(f"{_money(r.revenue_per_mille)} {r.currency_code}" for r in row.revenues)
         rows.append(
             (row.serving_config or "(all)", f"{row.impression_count:,}", f"{row.click_count:,}",
              _estimate(row.click_through_rate), _estimate(row.add_to_cart_rate), _estimate(row.conversion_rate), money)
@@ -114,13 +114,12 @@ def show_metrics(metrics: metrics_pb2.Metrics, *, as_json: bool, label: str = ""
     )  # fmt: skip
 
 
-def _estimate(estimate: metrics_pb2.Estimate, scale: float = 1.0) -> str:
-    value, lower, upper = (scale * v for v in (estimate.value, estimate.lower, estimate.upper))
-    return (
-        f"{value:.4f} [{lower:.4f}, {upper:.4f}]"
-        if scale == 1.0
-        else f"{value:,.0f} [{lower:,.0f}, {upper:,.0f}]"
-    )
+def _estimate(estimate: metrics_pb2.Estimate) -> str:
+    return f"{estimate.value:.4f} [{estimate.lower:.4f}, {estimate.upper:.4f}]"
+
+
+def _money(estimate: metrics_pb2.Estimate) -> str:
+    return f"{estimate.value:,.0f} [{estimate.lower:,.0f}, {estimate.upper:,.0f}]"
 
 
 def metrics_by_serving_config(clients: Clients, start_seconds: float | None = None) -> metrics_pb2.Metrics:

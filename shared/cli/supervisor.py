@@ -80,6 +80,9 @@ class Supervisor:
         """
         self.check_free()
         self._installation.prepare()
+        self._report(
+            f"Starting Shopkeeper in {self._installation.home}; logs are in {self._installation.logs}"
+        )
         created = ensure_development_keys(self._installation.keys)
         if created:
             self._report(f"Created development keys in {self._installation.keys}: {', '.join(created)}")
@@ -194,10 +197,11 @@ class Supervisor:
             self._database_url = url
         try:
             ensure_database(self._database_url)
-        except psycopg.OperationalError as error:
+        except (psycopg.OperationalError, Unavailable) as error:
+            cause = error.__cause__ if isinstance(error, Unavailable) and error.__cause__ else error
             raise Unavailable(
                 "DATABASE_UNREACHABLE",
-                f"The database cannot be reached: {str(error).splitlines()[0]}. "
+                f"The database cannot be reached: {str(cause).splitlines()[0]}. "
                 "Check DATABASE_URL (postgresql://user:password@host:port/database) and that the server runs.",
             ) from error
 

@@ -91,14 +91,22 @@ def _show_progress(progress: StepProgress, entry: training_run_pb2.TrainingProgr
     progress.update(min(1.0, share), detail=detail, left=left)
 
 
-def show_run(run: training_run_pb2.TrainingRun, *, as_json: bool) -> int:
+def evaluation_of(clients: Clients, run: training_run_pb2.TrainingRun) -> model_pb2.EvaluationReport:
+    """Returns the measures of the version that a run published, or those of a run that only evaluated."""
+    if not run.version or run.evaluation.ladder:
+        return run.evaluation
+    request = trainer_service_pb2.GetModelVersionRequest(model=run.model, version=run.version)
+    return clients.trainer.GetModelVersion(request, timeout=CALL_TIMEOUT_SECONDS).evaluation
+
+
+def show_run(clients: Clients, run: training_run_pb2.TrainingRun, *, as_json: bool) -> int:
     """Prints how a run ended; returns the exit code: 0 when it succeeded and its gate passed."""
     passed = run.gate.verdict in (model_pb2.Gate.VERDICT_PASSED, model_pb2.Gate.VERDICT_FORCED)
     succeeded = run.state == training_run_pb2.TrainingRun.STATE_SUCCEEDED
     if as_json:
         show_json(run)
     elif succeeded:
-        show_evaluation(run.evaluation, f"Version {run.version}")
+        show_evaluation(evaluation_of(clients, run), f"Version {run.version}")
         _say_gate(run.gate, promoted=run.promoted)
     else:
         state = training_run_pb2.TrainingRun.State.Name(run.state).removeprefix("STATE_").lower()
