@@ -12,6 +12,8 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from shopkeeper.profile.v1 import catalog_service_pb2 as pb
 from shopkeeper.profile.v1 import item_pb2
 
@@ -96,6 +98,58 @@ def test_an_item_comes_back_as_it_was_written(shop: Shop) -> None:
     picture = b"\x89PNG\r\n\x1a\n" + b"\x00\xff" * 100
     upsert(shop, item("picture", image_bytes=picture))
     assert get(shop, "picture").image_bytes == picture
+
+
+_TEXT = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), max_size=12)
+_WORDS = st.one_of(_TEXT, st.sampled_from(['"', "\\", "{}", "NULL", "null", "a,b", " ", "\n", "𝔘", "'"]))
+_SOME = _WORDS.filter(bool)
+_MICROS = st.one_of(st.none(), st.integers(0, 2**63 - 1))
+_ITEMS = st.builds(
+    item_pb2.Item,
+    title=_WORDS,
+    description=_WORDS,
+    brand=_WORDS,
+    category_path=st.lists(_SOME, max_size=4),
+    attributes=st.lists(
+        st.one_of(
+            st.builds(item_pb2.Attribute, key=_SOME, text=_WORDS),
+            st.builds(item_pb2.Attribute, key=_SOME, number=st.floats(allow_nan=False, allow_infinity=False)),
+            st.builds(item_pb2.Attribute, key=_SOME, flag=st.booleans()),
+        ),
+        max_size=4,
+        unique_by=lambda attribute: attribute.key,
+    ),
+    price_micros=_MICROS,
+    list_price_micros=_MICROS,
+    currency_code=st.just("EUR"),
+    stock_quantity=_MICROS,
+    tags=st.lists(_SOME, max_size=4, unique=True),
+    margin_micros=st.one_of(st.none(), st.integers(-(2**63), 2**63 - 1)),
+    available_from=st.one_of(
+        st.none(), st.builds(Timestamp, seconds=st.integers(-62_135_596_800, 253_402_300_799))
+    ),
+    rating_count=st.one_of(st.none(), st.integers(1, 2**63 - 1)),
+    withdrawn=st.booleans(),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@given(items=st.lists(_ITEMS, min_size=1, max_size=20))
+def test_any_legal_item_comes_back_as_it_was_written(shop: Shop, items: list[item_pb2.Item]) -> None:
+    for number, entry in enumerate(items):
+        entry.item_id = f"item-{number}"
+    results = upsert(shop, *items)
+    assert [(r.status, list(r.violations)) for r in results] == [(STORED, [])] * len(items)
+    stored = {entry.item_id: entry for entry in shop.catalog.ListItems(pb.ListItemsRequest()).items}
+    for entry in items:
+        back = stored[entry.item_id]
+        back.ClearField("etag")
+        back.ClearField("update_time")
+        # Minus zero is zero to JSON's numbers.
+        for attribute in (*entry.attributes, *back.attributes):
+            if attribute.number == 0 and attribute.HasField("number"):
+                attribute.number = 0.0
+        assert back == entry
 
 
 def test_an_upsert_replaces_every_field_also_those_that_are_not_set(shop: Shop) -> None:

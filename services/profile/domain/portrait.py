@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -281,38 +282,52 @@ def _touched_items(events: Events, items: Vocabulary, lookup: ItemLookup) -> lis
 
 
 def _interests(touched: list[_TouchedItem]) -> tuple[Interest, ...]:
+    horizons = tuple(Horizon)
+    # By facet and value: the decayed evidence of each horizon, then the count.
+    evidence: dict[Facet, dict[str, list[float]]] = {facet: {} for facet in Facet}
+    totals = {facet: [0.0] * len(horizons) for facet in Facet}
+    for item in touched:
+        decayed = [item.decayed[horizon] for horizon in horizons]
+        for facet, values in _facet_values(item.facts):
+            total = totals[facet]
+            for h, weight in enumerate(decayed):
+                total[h] += weight
+            of_facet = evidence[facet]
+            for value in values:
+                sums = of_facet.get(value)
+                if sums is None:
+                    sums = of_facet[value] = [0.0] * (len(horizons) + 1)
+                for h, weight in enumerate(decayed):
+                    sums[h] += weight
+                sums[-1] += item.count
     interests: list[Interest] = []
-    for horizon in Horizon:
-        evidence: dict[Facet, dict[str, float]] = {facet: {} for facet in Facet}
-        counts: dict[Facet, dict[str, int]] = {facet: {} for facet in Facet}
-        totals = dict.fromkeys(Facet, 0.0)
-        for item in touched:
-            weight = item.decayed[horizon]
-            for facet, values in _facet_values(item.facts):
-                totals[facet] += weight
-                for value in values:
-                    evidence[facet][value] = evidence[facet].get(value, 0.0) + weight
-                    counts[facet][value] = counts[facet].get(value, 0) + item.count
+    for h, horizon in enumerate(horizons):
         for facet in Facet:
-            ranked = sorted(evidence[facet].items(), key=lambda pair: (-pair[1], pair[0]))
-            for value, weight in ranked[:MAX_INTERESTS]:
+            total_weight = totals[facet][h]
+            ranked = sorted((-sums[h], value) for value, sums in evidence[facet].items())
+            for negative_weight, value in ranked[:MAX_INTERESTS]:
+                weight = -negative_weight + 0.0
                 # Evidence decades older than the newest event decays to exactly nothing.
-                share = min(1.0, weight / totals[facet]) if totals[facet] > 0 else 0.0
-                interests.append(Interest(horizon, facet, value, share, weight, counts[facet][value]))
+                share = min(1.0, weight / total_weight) if total_weight > 0 else 0.0
+                count = int(evidence[facet][value][-1])
+                interests.append(Interest(horizon, facet, value, share, weight, count))
     return tuple(interests)
 
 
-def _facet_values(facts: ItemFacts) -> list[tuple[Facet, list[str]]]:
-    facets = []
+@lru_cache(maxsize=65_536)
+def _ancestors(category_path: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the category and everything above it, top first, as values of interests."""
+    return tuple(PATH_SEPARATOR.join(category_path[:depth]) for depth in range(1, len(category_path) + 1))
+
+
+def _facet_values(facts: ItemFacts) -> list[tuple[Facet, tuple[str, ...]]]:
+    facets: list[tuple[Facet, tuple[str, ...]]] = []
     if facts.category_path:
-        path = facts.category_path
-        facets.append(
-            (Facet.CATEGORY, [PATH_SEPARATOR.join(path[:depth]) for depth in range(1, len(path) + 1)])
-        )
+        facets.append((Facet.CATEGORY, _ancestors(facts.category_path)))
     if facts.brand:
-        facets.append((Facet.BRAND, [facts.brand]))
+        facets.append((Facet.BRAND, (facts.brand,)))
     if facts.price_level is not None:
-        facets.append((Facet.PRICE_BAND, [str(min(5, 1 + int(5 * facts.price_level)))]))
+        facets.append((Facet.PRICE_BAND, (str(min(5, 1 + int(5 * facts.price_level))),)))
     return facets
 
 
