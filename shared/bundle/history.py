@@ -19,6 +19,8 @@ import numpy.typing as npt
 INTEREST_KINDS = (3, 4, 6, 8, 9, 10, 11, 12)
 # One more than the largest EventKind; 0 is padding.
 KIND_COUNT = 18
+# By kind, and one entry more: a kind of a later contract is clipped to it. `np.isin` takes ten times as long.
+_IS_INTEREST = np.isin(np.arange(KIND_COUNT + 1), INTEREST_KINDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def mark_clean_events(
     The same as `history_from_events` of every person, without a loop. `item_E` is negative for an
     unknown item.
     """
-    keep_E = (item_E >= 0) & np.isin(kind_E, INTEREST_KINDS)
+    keep_E = (item_E >= 0) & _IS_INTEREST.take(kind_E, mode="clip")
     kept = np.flatnonzero(keep_E)
     user_K, item_K = user_E[kept], item_E[kept]
     repeated_K = np.zeros(len(kept), bool)

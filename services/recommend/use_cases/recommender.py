@@ -163,16 +163,16 @@ class Recommender:
 
         ranking.scores = scores = self._score(ranking)
         ranking.degraded += scores.degraded
-        scored = int(np.count_nonzero(scores.score_R > -np.inf))
+        # Counting takes passes over the catalogue, and interests nobody who has not asked.
+        scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
         mark = self._stage(ranking, "score", mark, ranking.world.size, scored)
 
         ranking.eligibility = self._judge(ranking, filter_R)
-        mark = self._stage(
-            ranking, "filter", mark, scored, int(np.count_nonzero(ranking.eligibility.eligible_R))
-        )
+        eligible = int(np.count_nonzero(ranking.eligibility.eligible_R)) if query.traced else 0
+        mark = self._stage(ranking, "filter", mark, scored, eligible)
 
         ranking.selection = self._select(ranking)
-        mark = self._stage(ranking, "rank", mark, scored, len(ranking.selection.rows_K))
+        mark = self._stage(ranking, "rank", mark, eligible, len(ranking.selection.rows_K))
 
         if query.explained:
             self._explain(ranking)
