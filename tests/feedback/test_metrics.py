@@ -139,6 +139,14 @@ def test_metrics_obey_filter_and_range(shop: Shop) -> None:
     assert len(metrics(shop, end_time=past).rows) == 0
 
 
+def test_an_absurd_revenue_is_counted_and_not_a_failure(shop: Shop) -> None:
+    recommendation = token(shop, 1, "a")
+    line = event_pb2.OrderLine(item_id="a", quantity=1e6, price_micros=10**15)
+    shop.record(shown(recommendation, "a"), bought(recommendation, line))
+    (row,) = metrics(shop).rows
+    assert row.revenues[0].revenue_micros >= 9 * 10**18
+
+
 def test_nothing_recommended_means_no_rows(shop: Shop) -> None:
     assert len(metrics(shop).rows) == 0
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from shopkeeper.feedback.v1 import event_pb2
 
-from services.feedback.converters.identities import Door
+from services.feedback.converters.identities import Door, is_plain_id
 from services.feedback.domain.event_key import event_key_of_digest, event_key_of_uuid, milliseconds_of
 from services.feedback.domain.events import (
     ConsentBit,
@@ -113,6 +113,7 @@ class _Reading:
         self._keys_of: dict[str, tuple[bytes, bytes]] = {}
         self._session_key_of: dict[str, bytes] = {}
         self._item_id_of: dict[str, str] = {}
+        self._currency_codes: set[str] = set()
         self._token_of: dict[str, AttributionToken | RowProblem] = {}
         self._rows: list[tuple[Any, ...]] = []
         self._row_numbers: list[int] = []
@@ -313,6 +314,8 @@ class _Reading:
         return value
 
     def _item_id(self, value: str, path: str) -> str:
+        if is_plain_id(value):
+            return value
         item_id = self._item_id_of.get(value)
         if item_id is None:
             if not value:
@@ -343,6 +346,8 @@ class _Reading:
         return price
 
     def _currency(self, code: str, priced: bool, path: str) -> str | None:
+        if priced and code in self._currency_codes:
+            return code
         path = f"{path}.currency_code"
         if not code:
             if priced:
@@ -355,6 +360,7 @@ class _Reading:
             raise _Rejected(
                 path, RowReason.FORBIDDEN, "Forbidden without a price; drop it, or send the price."
             )
+        self._currency_codes.add(code)
         return code
 
     def _dwell(self, value: float, path: str) -> float | None:
@@ -438,12 +444,11 @@ class _Reading:
 
     def item_view(self, detail: event_pb2.ItemView, path: str) -> Product:
         price = self._price(detail, path)
-        code = detail.currency_code
         return (
             self._item_id(detail.item_id, f"{path}.item_id"),
             None,
             price,
-            self._currency(code, price is not None, path) if code or price is not None else None,
+            self._currency(detail.currency_code, price is not None, path),
             self._dwell(detail.dwell_seconds, f"{path}.dwell_seconds"),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from services.feedback.storage.partitions import (
     existing_months,
     month_of,
     months_of,
+    partition_name,
 )
 from services.feedback.storage.text_cipher import TextCipher, encrypt
 from shared.database import Database
@@ -86,6 +88,7 @@ FROM stored
     arrays=", ".join(f"%s::{element}[]" for _, element, _ in _PARAMETERS),
     names=", ".join(name for name, _, _ in _PARAMETERS),
 )
+PARTITION_RETRY_SECONDS = 5.0
 _SHARE_WRITERS = f"SELECT pg_advisory_xact_lock_shared({WRITERS_LOCK})"
 
 _STORED_DIGESTS = (
@@ -114,6 +117,7 @@ class LogWriter:
         self._months: set[int] = set()
         self._texts = pg_arrays.TextArrays()
         self._logger = get_logger("feedback")
+        self._next_attempt_at = 0.0
 
     def append(self, columns: EventColumns) -> Appended:
         """Stores rows and returns once they are durable.
@@ -353,9 +357,17 @@ class LogWriter:
         # A wild clock must not litter the schema: what lies outside stays in the default partition.
         last = month_of(datetime.now(UTC)) + 1
         for month in months:
-            if month not in self._months and FIRST_MONTH <= month <= last:
+            if month in self._months or not FIRST_MONTH <= month <= last:
+                continue
+            if time.monotonic() < self._next_attempt_at:
+                return
+            try:
                 ensure_month(connection, month)
                 self._months.add(month)
+            except psycopg.errors.LockNotAvailable:
+                # A training run reads the log. The default partition takes the rows until the month is made.
+                self._next_attempt_at = time.monotonic() + PARTITION_RETRY_SECONDS
+                self._logger.info("partition put off", month=partition_name(month))
 
     def _connected(self) -> psycopg.Connection[Any]:
         if self._connection is None or self._connection.closed:

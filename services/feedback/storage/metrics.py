@@ -57,7 +57,7 @@ FROM pairs
 ORDER BY impressions DESC, {names} recommendations DESC
 """
 _REVENUES = """
-SELECT {names} currency_code, sum(revenue)::bigint AS total_micros, sum((revenue / 1e6) ^ 2) AS total_squares
+SELECT {names} currency_code, LEAST(sum(revenue), 9.2e18)::bigint AS total_micros, sum((revenue / 1e6) ^ 2) AS total_squares
 FROM pairs
 WHERE revenue IS NOT NULL
 GROUP BY {names} currency_code

@@ -23,6 +23,7 @@ FIRST_MONTH = (2000 - 1970) * 12
 # The locks of the log, in one family: whoever stores shares WRITERS, whoever erases takes it alone for a moment.
 WRITERS_LOCK = 0x46424C57
 PARTITIONS_LOCK = 0x46424C50
+LOCK_TIMEOUT_MS = 300
 
 
 def months_of(event_keys: Iterable[bytes]) -> npt.NDArray[np.int64]:
@@ -63,10 +64,16 @@ def ensure_month(connection: psycopg.Connection[Any], month: int) -> None:
     """Creates and attaches the partition of a month, in one transaction; does nothing where it exists.
 
     Rows of the month that the default partition holds are moved into it.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: a long reader holds the default partition. Its rows are safe
+            there; try again later.
     """
     name = sql.Identifier("feedback", partition_name(month))
     low, high = _first_key_of_month(month), _first_key_of_month(month + 1)
     with connection.transaction():
+        # Attaching waits for every reader of the log, and all else would wait behind it: rather give up soon.
+        connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT_MS)))
         # Replicas that meet a new month at once must not both create it, nor wait for each other in a circle.
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (PARTITIONS_LOCK,))
         if month in existing_months(connection):

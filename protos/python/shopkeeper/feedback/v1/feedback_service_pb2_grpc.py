@@ -178,8 +178,9 @@ class FeedbackServiceServicer:
         """Records batches over one connection. Each request is answered once, in
         order, after its commit. The service reads at most a few batches ahead of
         its commits: a sender that is too fast is slowed down by flow control. The
-        stream ends with `UNAVAILABLE` when it reaches its age limit; batches not
-        acknowledged must be sent again, and do no harm if they had been stored.
+        stream ends when it reaches its age limit (30 minutes by default) or the
+        replica stops; batches not acknowledged by then must be sent again, and do
+        no harm if they had been stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -52,8 +52,9 @@ class FeedbackServiceStub:
     """Records batches over one connection. Each request is answered once, in
     order, after its commit. The service reads at most a few batches ahead of
     its commits: a sender that is too fast is slowed down by flow control. The
-    stream ends with `UNAVAILABLE` when it reaches its age limit; batches not
-    acknowledged must be sent again, and do no harm if they had been stored.
+    stream ends when it reaches its age limit (30 minutes by default) or the
+    replica stops; batches not acknowledged by then must be sent again, and do
+    no harm if they had been stored.
     """
     ImportEvents: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.ImportEventsRequest, _import_pb2.Import]
     """Begins to import a file of events, and returns at once."""
@@ -140,8 +141,9 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """Records batches over one connection. Each request is answered once, in
     order, after its commit. The service reads at most a few batches ahead of
     its commits: a sender that is too fast is slowed down by flow control. The
-    stream ends with `UNAVAILABLE` when it reaches its age limit; batches not
-    acknowledged must be sent again, and do no harm if they had been stored.
+    stream ends when it reaches its age limit (30 minutes by default) or the
+    replica stops; batches not acknowledged by then must be sent again, and do
+    no harm if they had been stored.
     """
     ImportEvents: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.ImportEventsRequest, _import_pb2.Import]  # type: ignore[assignment]
     """Begins to import a file of events, and returns at once."""
@@ -237,8 +239,9 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         """Records batches over one connection. Each request is answered once, in
         order, after its commit. The service reads at most a few batches ahead of
         its commits: a sender that is too fast is slowed down by flow control. The
-        stream ends with `UNAVAILABLE` when it reaches its age limit; batches not
-        acknowledged must be sent again, and do no harm if they had been stored.
+        stream ends when it reaches its age limit (30 minutes by default) or the
+        replica stops; batches not acknowledged by then must be sent again, and do
+        no harm if they had been stored.
         """
 
     @_abc_1.abstractmethod
