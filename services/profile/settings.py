@@ -14,7 +14,7 @@ class ProfileSettings(ServiceSettings):
     hot_users: int = Field(
         100_000,
         ge=1,
-        description="Most shoppers kept in memory: some 1.5 KB each, 50 KB where 1,000 events are known.",
+        description="Most shoppers kept in memory: some 0.6 KB each, and 50 bytes for each of their events.",
     )
     pool_size: int = Field(8, ge=3, le=256, description="Most connections to the database, listeners aside.")
     catch_up_seconds: float = Field(

@@ -89,6 +89,25 @@ def test_history_holds_the_newest_two_hundred_events_that_name_an_item(shop: Sho
     assert item_ids(get(shop, "ann", token)) == [f"item-{number}" for number in range(230, 30, -1)]
 
 
+def test_a_shopper_with_very_many_events_costs_no_more_than_a_window(shop: Shop) -> None:
+    shop.log.connection.execute(
+        """
+        INSERT INTO feedback.events
+            (event_key, payload_digest, occurred_at, kind, device, channel, consent, user_key, item_id)
+        SELECT (lpad(to_hex(1750000000000 + n), 12, '0') || '70008000000000000000')::uuid, 0,
+            to_timestamp((1750000000000 + n) / 1000.0), 3, 0, 0, 0, %s, 'item-' || n
+        FROM generate_series(1, 5000) AS n
+        """,
+        (shop.log.key("robot"),),
+    )
+    token = shop.log.record("other")
+    profile = get(shop, "robot", token)
+
+    assert item_ids(profile) == [f"item-{number}" for number in range(5000, 4800, -1)]
+    assert profile.portrait.event_count == 1000
+    assert profile.portrait.truncated
+
+
 def test_an_event_committed_late_by_a_long_transaction_is_not_lost(shop: Shop, database_url: str) -> None:
     get(shop, "late")
     with psycopg.connect(database_url) as slow:

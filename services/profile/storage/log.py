@@ -79,6 +79,11 @@ _CHANGED = trusted_sql(
     f"SELECT user_key FROM feedback.events_v1 WHERE {NEW_SINCE} UNION "  # noqa: S608
     f"SELECT user_key FROM feedback.consents_v1 WHERE {NEW_SINCE} LIMIT %(limit)s"
 )
+# Where most shoppers have fewer events than a window, the planner would collect all events of a shopper and
+# sort them: an outlier with a million of them must cost no more than a window.
+_READ_INDEX_BACKWARDS = (
+    "SELECT set_config('enable_sort', 'off', true), set_config('enable_bitmapscan', 'off', true)"
+)
 _LOAD = trusted_sql(f"""
     SELECT {_PACKED}, (
         SELECT array_agg(user_key) FROM feedback.consents_v1
@@ -132,6 +137,7 @@ class PostgresEventLog:
     def load(self, user_keys: Sequence[UserKey]) -> dict[UserKey, EventWindow]:
         """See `EventLog.load`."""
         with self._reading() as (connection, _):
+            connection.execute(_READ_INDEX_BACKWARDS)
             rows = connection.execute(_LOAD, {"user_keys": list(user_keys)}, binary=True).fetchall()
         windows = {
             UserKey(bytes(user_key)): EventWindow(np.empty(0, EVENT), consented=False)
