@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -432,6 +433,8 @@ def demo(
 
 def main() -> None:
     """Runs the command line; the exit codes are those in --help."""
+    # A library of the embedded PostgreSQL warns about a variable that it does not need.
+    warnings.filterwarnings("ignore", module="platformdirs")
     try:
         app()
     except ShopkeeperError as error:  # A setting that is read before a command begins.

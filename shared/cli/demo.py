@@ -33,7 +33,7 @@ from shared.cli.installation import (
     free_first_port,
     port_is_free,
 )
-from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, console, say
+from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, say, show_titled
 from shared.cli.people import title_of
 from shared.cli.progress import StepProgress
 from shared.cli.supervisor import Supervisor
@@ -44,7 +44,7 @@ MARKER = ".made-by-shopkeeper-demo"
 SHOPPERS_SHOWN = 5
 ITEMS_SHOWN = 5
 LIVE_VISITS = 500
-TRAIN_SECONDS = 50
+TRAIN_SECONDS = 40
 SERVE_TIMEOUT_SECONDS = 60.0
 CATCH_UP_TIMEOUT_SECONDS = 120.0
 CALL_TIMEOUT_SECONDS = 15.0
@@ -279,11 +279,7 @@ def _show_change(
     before: recommend_service_pb2.RecommendResponse, after: recommend_service_pb2.RecommendResponse, label: str,
 ) -> None:  # fmt: skip
     old = [item.item_id for item in before.items]
-    table = Table(
-        title=escape(f"{label}{user} looks at “{title_of(clients, clicked)}”"),
-        title_justify="left",
-        title_style="bold",
-    )
+    table = Table()
     for column in ("", "before", "after", "why"):
         table.add_column(column, overflow="fold")
     for position in range(max(len(before.items), len(after.items))):
@@ -296,7 +292,7 @@ def _show_change(
                 "new" if item.item_id not in old else "" if old.index(item.item_id) == position else "moved"
             )
         table.add_row(f"{position + 1} {mark}".strip(), escape(left), escape(right), escape(why))
-    console().print(table)
+    show_titled(table, f"{label}{user} looks at “{title_of(clients, clicked)}”")
     if after.degraded:
         say(f"  Went without: {recommendations.degradation_text(after.degraded)}")
 

@@ -50,15 +50,24 @@ def show_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, note: str = ""
 ) -> None:
     """Prints a table; columns whose name starts with # are set right."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", caption=escape(note) or None,
-                  caption_justify="left")  # fmt: skip
+    table = Table()
     for column in columns:
         table.add_column(
             escape(column.lstrip("#")), justify="right" if column.startswith("#") else "left", overflow="fold"
         )
     for row in rows:
         table.add_row(*(escape("" if cell is None else str(cell)) for cell in row))
-    console().print(table)
+    show_titled(table, title, note)
+
+
+def show_titled(table: Table, title: str, note: str = "") -> None:
+    """Prints a table between its title and a note, each on a line of its own."""
+    out = console()
+    # Not the table's own title: that one is folded to the table's width.
+    out.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True, highlight=False)
+    out.print(table)
+    if note:
+        out.print(escape(note), soft_wrap=True, highlight=False)
 
 
 def show_json(value: Any) -> None:

@@ -32,6 +32,7 @@ class StepProgress:
         self._enabled = enabled
         self._start = self._last_line = clock()
         self._count = 0
+        self.share = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
@@ -57,6 +58,11 @@ class StepProgress:
             amount = f"{self._count:,} {self._unit} in " if self._unit else ""
             print(f"{self._title}: {amount}{seconds:.1f} s", file=sys.stderr, flush=True)
 
+    @property
+    def elapsed(self) -> float:
+        """Returns seconds since the step began."""
+        return self._clock() - self._start
+
     def update(
         self, share: float, count: int | None = None, detail: str = "", left: float | None = None
     ) -> None:
@@ -68,6 +74,7 @@ class StepProgress:
             detail: more to show.
             left: seconds left, where the work itself knows; else they follow from `share`.
         """
+        self.share = share
         self._count = self._count if count is None else count
         now = self._clock()
         elapsed = now - self._start

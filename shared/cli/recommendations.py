@@ -100,7 +100,7 @@ def show_metrics(metrics: metrics_pb2.Metrics, *, as_json: bool, label: str = ""
         show_json(metrics)
         return
     rows = []
-    for row in metrics.rows:
+    for row in sorted(metrics.rows, key=lambda row: row.serving_config):
         money = "; ".join(f"{_money(r.revenue_per_mille)} {r.currency_code}" for r in row.revenues)
         rows.append(
             (row.serving_config or "(all)", f"{row.impression_count:,}", f"{row.click_count:,}",

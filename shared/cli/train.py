@@ -27,6 +27,8 @@ RUNG_TITLES = {
     "popularity_decayed": "popularity, decayed", "popularity": "popularity",
 }  # fmt: skip
 
+_RUNG_ORDER = {name: number for number, name in enumerate(RUNG_TITLES)}
+
 
 def create_run(
     clients: Clients, *, model: str = "", size: str = "", max_seconds: int = 0, seed: int = 0, promote: bool = True,
@@ -72,9 +74,6 @@ def watch_run(clients: Clients, run_id: str, *, quiet: bool = False) -> training
                 time.sleep(0.5)
 
 
-_STAGES = 9
-
-
 def _show_progress(progress: StepProgress, entry: training_run_pb2.TrainingProgress, *, quiet: bool) -> None:
     stage_name = training_run_pb2.TrainingRun.Stage.Name(entry.stage).removeprefix("STAGE_").lower()
     parts = [stage_name]
@@ -86,9 +85,10 @@ def _show_progress(progress: StepProgress, entry: training_run_pb2.TrainingProgr
     if len(parts) == 1 and entry.message:
         parts.append(entry.message)
     detail = ", ".join(parts)
-    share = entry.epoch / entry.max_epochs if entry.max_epochs else entry.stage / _STAGES
     left = entry.remaining_seconds if entry.HasField("remaining_seconds") else None
-    progress.update(min(1.0, share), detail=detail, left=left)
+    # The run's own estimate beats any guess from its stage; a bar never goes back.
+    share = progress.elapsed / (progress.elapsed + left) if left is not None and progress.elapsed > 0 else 0.0
+    progress.update(max(progress.share, min(1.0, share)), detail=detail, left=left)
 
 
 def evaluation_of(clients: Clients, run: training_run_pb2.TrainingRun) -> model_pb2.EvaluationReport:
@@ -131,7 +131,7 @@ def evaluation_rows(report: model_pb2.EvaluationReport) -> list[tuple[str, str, 
             _with_interval(metric_of(rung.metrics, "hr@10")),
             _with_interval(metric_of(rung.metrics, "ndcg@10")),
         )
-        for rung in report.ladder
+        for rung in sorted(report.ladder, key=lambda rung: _RUNG_ORDER.get(rung.name, len(_RUNG_ORDER)))
     ]
 
 

@@ -17,7 +17,6 @@ from shared.importing.problems import ImportRefused, ProblemLog
 from shared.importing.readers import GATHERED, Layout, inspect, read
 from shared.importing.typed_rows import columns_of
 
-
 # Where orders are put together, reading is that share of the work; sending them is the rest.
 READ_SHARE = 0.15
 

@@ -164,20 +164,30 @@ def browse(
     Best-sellers rank by sales; a category page by sales within the category needed; search by likeness to the
     need, as words would find it, imprecisely.
     """
-    count = rows.size
-    way = rng.choice(3, count, p=[BEST_SELLERS, CATEGORY, SEARCH])
-    noise = rng.gumbel(size=(count, len(shop)))
-    score = np.log(sales)[None, :] + 0.3 * noise
-    in_category = shop.category[None, :] == crowd.need_category[rows][:, None]
-    score = np.where((way == 1)[:, None], score * 0.7 + 0.3 * noise + 100.0 * in_category, score)
-    likeness = crowd.need[rows] @ shop.taste.T
-    wanted = np.arange(len(shop))[None, :] == crowd.target[rows][:, None]
-    words = 6 * likeness + 2.0 * in_category + 1.5 * wanted + 0.6 * noise + 0.2 * np.log(sales)[None, :]
-    score = np.where((way == 2)[:, None], words, score)
-    score = np.where(on_sale, score, -np.inf)
-    top = np.argpartition(-score, PAGE_SIZE, axis=1)[:, :PAGE_SIZE]
-    ranked = np.argsort(-np.take_along_axis(score, top, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(top, ranked, axis=1), way == 2
+    way = rng.choice(3, rows.size, p=[BEST_SELLERS, CATEGORY, SEARCH])
+    pages = np.empty((rows.size, PAGE_SIZE), np.int64)
+    log_sales = np.log(sales)[None, :]
+    for number in range(3):
+        at = np.flatnonzero(way == number)
+        if at.size == 0:
+            continue
+        who = rows[at]
+        # What a best-seller list is to one shopper is not quite what it is to the next: rankings are noisy.
+        noise = rng.standard_normal((at.size, len(shop)), np.float32)
+        in_category = shop.category[None, :] == crowd.need_category[who][:, None]
+        if number == 0:
+            score = log_sales + 0.4 * noise
+        elif number == 1:
+            score = 0.7 * log_sales + 0.5 * noise + 100.0 * in_category
+        else:
+            wanted = np.arange(len(shop))[None, :] == crowd.target[who][:, None]
+            score = 6 * (crowd.need[who] @ shop.taste.T) + 2.0 * in_category + 1.5 * wanted
+            score += 0.8 * noise + 0.2 * log_sales
+        score = np.where(on_sale[at], score, -np.inf)
+        top = np.argpartition(-score, PAGE_SIZE, axis=1)[:, :PAGE_SIZE]
+        ranked = np.argsort(-np.take_along_axis(score, top, axis=1), axis=1, kind="stable")
+        pages[at] = np.take_along_axis(top, ranked, axis=1)
+    return pages, way == 2
 
 
 def _bots(rng: np.random.Generator, shop: Shop, rows: Ints, days: int, log: _Log) -> None:

@@ -355,9 +355,11 @@ def test_a_damaged_parquet_file_gives_the_rows_before_the_damage(tmp_path: Path)
 
 
 def refused(path: Path, mapping: str | Path | None = None) -> ImportRefused:
+    def import_whole() -> None:
+        events_of(opened(path, mapping))
+
     with pytest.raises(ImportRefused) as caught:
-        data_set = opened(path, mapping)
-        events_of(data_set)
+        import_whole()
     return caught.value
 
 
