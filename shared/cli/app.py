@@ -85,10 +85,12 @@ def up(
     def stop(number: int, frame: Any) -> None:
         supervisor.request_stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
         supervisor.start()
+        if supervisor.is_stopping:
+            return
         for name, address in supervisor.addresses.items():
             say(f"{name} is ready at {address}")
         say("Shopkeeper is up. Ctrl-C ends it.")
@@ -134,7 +136,11 @@ def down(home: HomeOption = None) -> None:
     installation = Installation.from_environment(home)
     state = installation.running()
     if state is None:
+        leftovers = installation.end_leftovers()
         installation.clear_state()
+        if leftovers:
+            say(f"Ended {', '.join(leftovers)}, whose supervisor had been killed.")
+            return
         say(f"Nothing is up in {installation.home}.")
         return
     os.kill(state.supervisor_pid, signal.SIGTERM)

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ TRAIN_SECONDS = 40
 SERVE_TIMEOUT_SECONDS = 60.0
 CATCH_UP_TIMEOUT_SECONDS = 120.0
 CALL_TIMEOUT_SECONDS = 15.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(slots=True)
@@ -73,7 +74,7 @@ def run_demo(
     installation = _fresh_home(home)
     supervisor = Supervisor(installation, _addresses(first_port))
     verdict = Verdict()
-    with _stopped_by_signals(supervisor):
+    with _interrupted_by_signals():
         try:
             with StepProgress("Starting PostgreSQL and the four services"):
                 supervisor.start()
@@ -82,8 +83,12 @@ def run_demo(
             _conclude(verdict, time.monotonic() - began)
             if not once:
                 _show_next_steps(installation, supervisor)
-                supervisor.watch()
+                # From here on a signal is the way to end it, not an interruption.
+                with suppress(KeyboardInterrupt):
+                    supervisor.watch()
         finally:
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
             with StepProgress("Stopping"):
                 supervisor.stop()
     return EXIT_PROBLEMS if verdict.wrong else EXIT_OK
@@ -122,17 +127,13 @@ def _addresses(first_port: int | None) -> dict[str, str]:
 
 
 @contextmanager
-def _stopped_by_signals(supervisor: Supervisor) -> Iterator[None]:
-    def stop(number: int, frame: Any) -> None:
-        supervisor.request_stop()
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
+def _interrupted_by_signals() -> Iterator[None]:
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, interrupt) for number in _SIGNALS}
     try:
         yield
-    except KeyboardInterrupt:
-        say("Stopped.")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

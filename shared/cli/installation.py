@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,11 +60,30 @@ class Installation:
 
     def running(self) -> RunState | None:
         """Returns the state of the suite that runs here, or None."""
+        state = self._state()
+        return state if state is not None and process_alive(state.supervisor_pid) else None
+
+    def end_leftovers(self) -> list[str]:
+        """Ends services whose supervisor was killed before it could; returns their names."""
+        state = self._state()
+        if state is None or process_alive(state.supervisor_pid):
+            return []
+        # A process id may have gone to another program since: its command line tells.
+        left = {name: pid for name, pid in state.service_pids.items() if _runs_service(pid, name)}
+        for signal_number, patience_seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
+            for name, pid in left.items():
+                if _runs_service(pid, name):
+                    os.kill(pid, signal_number)
+            deadline = time.monotonic() + patience_seconds
+            while any(_runs_service(pid, name) for name, pid in left.items()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        return list(left)
+
+    def _state(self) -> RunState | None:
         try:
-            state = RunState(**json.loads(self.state_path.read_text()))
+            return RunState(**json.loads(self.state_path.read_text()))
         except (OSError, ValueError, TypeError):
             return None
-        return state if process_alive(state.supervisor_pid) else None
 
     def write_state(self, state: RunState) -> None:
         """Writes the state by an atomic rename, readable by the owner only."""
@@ -119,6 +140,14 @@ def process_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (OSError, IndexError):
         return True
+
+
+def _runs_service(pid: int, name: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\x00")
+    except OSError:
+        return False
+    return f"services.{name}".encode() in words and process_alive(pid)
 
 
 def port_is_free(address: str) -> bool:

@@ -70,8 +70,12 @@ class Supervisor:
     def addresses(self) -> dict[str, str]:
         return dict(self._addresses)
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop.is_set()
+
     def start(self) -> None:
-        """Starts everything and waits until every service is ready.
+        """Starts everything and waits until every service is ready, or until `request_stop`.
 
         Raises:
             FailedPrecondition: ALREADY_UP, PORT_TAKEN, KEY_MISSING, DATABASE_NOT_STARTED, HOME_UNUSABLE,
@@ -91,7 +95,8 @@ class Supervisor:
             self._children[name] = _Child(name, self._spawn(name), time.monotonic())
         self._write_state(ready=False)
         self._wait_until_ready()
-        self._write_state(ready=True)
+        if not self.is_stopping:
+            self._write_state(ready=True)
 
     def check_free(self) -> None:
         """Checks that nothing of the kind runs yet.
@@ -106,6 +111,9 @@ class Supervisor:
                 f"The suite in {self._installation.home} is up already (process {running.supervisor_pid}). "
                 "End it with `shopkeeper down`, or choose another --home.",
             )
+        leftovers = self._installation.end_leftovers()
+        if leftovers:
+            self._report(f"Ended {', '.join(leftovers)}, left over from a supervisor that was killed.")
         for name, address in self._addresses.items():
             host, _, port = address.rpartition(":")
             for number in (int(port), int(port) + METRICS_OFFSET):

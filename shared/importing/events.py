@@ -41,6 +41,7 @@ from shared.importing.typed_rows import (
 MAX_LINES_PER_EVENT = 500
 MAX_EVENT_ID = 128
 MAX_REFERENCE = 128
+MAX_QUERY = 1_024
 KINDS_WITHOUT_ITEM = (EventKind.SEARCH, EventKind.PAGE_VIEW)
 _LINE_KINDS = (EventKind.PURCHASE, EventKind.RETURN)
 _TEXT_FIELDS = ("session", "order", "query", "title", "category", "brand")
@@ -96,6 +97,21 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
     value = np.full(rows, np.nan)
     if "value" in columns.fields:
         value = parsed_numbers(columns, "value", lowest=-1e9, highest=1e9, missing=None)
+    rated = kind == EventKind.RATING
+    if rated.any():
+        with np.errstate(invalid="ignore"):
+            columns.reject(
+                rated & ~((value >= 1) & (value <= 5)), "value", columns.fields.get("value"),
+                "is no rating", "A rating has 1 to 5 stars; name their column as `value`",
+            )  # fmt: skip
+    searched = kind == EventKind.SEARCH
+    if searched.any():
+        query = pc.fill_null(texts["query"], "") if "query" in texts else pa.array([""] * rows)
+        length = pc.utf8_length(query).to_numpy(zero_copy_only=False)
+        columns.reject(
+            searched & ((length == 0) | (length > MAX_QUERY)), "query", query,
+            f"is not 1 to {MAX_QUERY} characters long", "Name the column of the words as `query`, or drop such rows",
+        )  # fmt: skip
     currency = _currency(columns, rows)
     # A price without a currency is no price: the contract refuses one without the other.
     currency_known = _mask(pc.not_equal(currency, ""))

@@ -30,7 +30,23 @@ EVENT_FIELDS = (
 ITEM_FIELDS = (
     "item", "title", "description", "category", "brand", "price", "currency", "image", "created", "available",
 )  # fmt: skip
-KINDS = {kind.name.lower(): kind for kind in EventKind if int(kind) > 0}
+# Kinds that a row of columns can say whole; advertising, support and surveys come over gRPC.
+KINDS = {
+    kind.name.lower(): kind
+    for kind in (
+        EventKind.SEARCH,
+        EventKind.PAGE_VIEW,
+        EventKind.ITEM_VIEW,
+        EventKind.ADD_TO_CART,
+        EventKind.REMOVE_FROM_CART,
+        EventKind.PURCHASE,
+        EventKind.RETURN,
+        EventKind.RATING,
+        EventKind.WISH_LIST,
+        EventKind.SHARE,
+        EventKind.RECOMMENDATION_CLICK,
+    )
+}
 GUEST_POLICIES = ("reject", "skip", "per_order")
 IDENTICAL_POLICIES = ("each", "once")
 

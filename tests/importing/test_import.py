@@ -420,6 +420,29 @@ def test_a_mapping_of_ones_own_is_used(tmp_path: Path) -> None:
     assert batch.occurred_at_us.tolist() == [1_766_595_600_000_000]
 
 
+def test_a_rating_needs_stars_and_a_search_needs_words(tmp_path: Path) -> None:
+    mapping = tmp_path / "m.yaml"
+    mapping.write_text(
+        "name: m\nsources:\n  - role: events\n    files: ['*.csv']\n    kinds: {rate: rating, look: search}\n"
+        "    fields: {user: u, item: i, time: t, kind: k, value: v, query: q}\n"
+    )
+    at = "2026-01-31T10:00:00Z"
+    rows = [
+        f"u,a,{at},rate,4.5,",
+        f"u,a,{at},rate,9,",
+        f"u,a,{at},rate,,",
+        f"u,,{at},look,,red lamp",
+        f"u,,{at},look,,",
+    ]
+    data_set = opened(csv_of(tmp_path, *rows, header="u,i,t,k,v,q\n"), mapping)
+    (batch,) = events_of(data_set)
+    assert batch.kinds.tolist() == [EventKind.RATING, EventKind.SEARCH]
+    assert batch.values[0] == 4.5
+    assert list(batch.queries) == ["", "red lamp"]
+    assert batch.offsets.tolist() == [0, 1, 1], "a search is about no item"
+    assert [sample.row for sample in data_set.problems.samples] == [2, 3, 5]
+
+
 # Real data, where they are.
 
 
