@@ -96,7 +96,9 @@ def roles_of(imported: set[str], service: str) -> set[str]:
 
 def test_the_top_level_is_the_one_that_was_designed() -> None:
     assert {"protos", "services", "shared", "tests"} <= {p.name for p in REPOSITORY.iterdir()}
-    assert {p.name for p in (REPOSITORY / "services").iterdir() if (p / "__init__.py").exists()} == set(SERVICES)
+    assert {p.name for p in (REPOSITORY / "services").iterdir() if (p / "__init__.py").exists()} == set(
+        SERVICES
+    )
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -132,9 +134,7 @@ def test_pure_modules_import_only_pure_ones(service: str) -> None:
         for name in imports_of(path):
             top = name.split(".")[0]
             own = name.startswith(f"services.{service}.") or name == f"services.{service}"
-            allowed = (
-                top in sys.stdlib_module_names or top in PURE_PACKAGES or name in PURE_SHARED or own
-            )
+            allowed = top in sys.stdlib_module_names or top in PURE_PACKAGES or name in PURE_SHARED or own
             assert allowed, f"{path.relative_to(REPOSITORY)} imports {name}"
 
 
@@ -157,7 +157,9 @@ def test_only_the_outer_modules_speak_grpc_or_sql(service: str) -> None:
     for path in python_files("services", service):
         if role_of(path, service) in outer:
             continue
-        spoken = {n for n in imports_of(path) if n.split(".")[0] in {"grpc", "sqlalchemy", "psycopg", "shopkeeper"}}
+        spoken = {
+            n for n in imports_of(path) if n.split(".")[0] in {"grpc", "sqlalchemy", "psycopg", "shopkeeper"}
+        }
         assert not spoken, f"{path.relative_to(REPOSITORY)} imports {spoken}"
 
 

@@ -26,6 +26,7 @@ from shared.channel import open_channel
 
 SERVICES = ("feedback", "profile", "trainer", "recommend")
 START_SECONDS = 60.0
+CATEGORIES, ITEMS_PER_CATEGORY, SHOPPERS, VIEWS = 5, 12, 240, 12
 T = TypeVar("T")
 
 
@@ -40,6 +41,11 @@ def eventually(what: str, probe: Callable[[], T | None], seconds: float = 30.0) 
             last = f"{error.code().name}: {error.details()}"
         time.sleep(0.05)
     raise AssertionError(f"{what}: not within {seconds:.0f} s; last answer {last}")
+
+
+def item_id(category: int, index: int) -> str:
+    """Returns the id of an item of the test shop; indices wrap around within the category."""
+    return f"c{category}-{index % ITEMS_PER_CATEGORY:02d}"
 
 
 def free_port() -> int:
