@@ -61,9 +61,6 @@ class ServiceSettings(BaseSettings):
     max_stream_age_seconds: float = Field(
         1800.0, gt=0, description="A stream older than this is ended; clients reconnect."
     )
-    default_deadline_seconds: float = Field(
-        30.0, gt=0, description="Deadline of a unary call whose caller set none."
-    )
     otlp_endpoint: str | None = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),
