@@ -116,6 +116,7 @@ class FakeProfile(
         self._running = True
         self.get_profile_calls = 0
         self.answers_calls = True
+        self.hangs = threading.Event()
         self.consents: dict[bytes, bool] = {}
 
     def record(self, user_key: bytes, *events: tuple[str, EventKind], at: float | None = None) -> int:
@@ -179,6 +180,8 @@ class FakeProfile(
         self.get_profile_calls += 1
         if not self.answers_calls:
             context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
+        while self.hangs.is_set() and context.is_active():
+            time.sleep(0.02)
         with self._changed:
             return profile_service_pb2.Profile(
                 user_key=request.user_key, live=self._live(request.user_key, self._xid)

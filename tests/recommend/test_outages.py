@@ -48,6 +48,16 @@ class TestWithoutProfile:
             request = pb.RecommendRequest(user_id=f"u{n}", consistency_token=shop.token(999))
             assert shop.stub.Recommend(request, timeout=0.5).items
 
+    def test_a_profile_that_hangs_does_not_hang_the_answer(self, shop: Shop) -> None:
+        shop.profile.hold()
+        shop.profile.hangs.set()
+        for n in range(3):
+            request = pb.RecommendRequest(user_id=f"u{n}", consistency_token=shop.token(999))
+            answer = shop.stub.Recommend(request, timeout=1.0)
+            assert answer.items
+            assert causes(answer) == {"PROFILE_UNAVAILABLE", "CONSISTENCY_NOT_REACHED"}
+        shop.profile.hangs.clear()
+
     def test_when_profile_comes_back_so_does_freshness(self, shop: Shop) -> None:
         shop.profile_server.kill()
         eventually(lambda: not shop.service.profiles.state().connected)  # type: ignore[union-attr]
