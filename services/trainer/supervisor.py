@@ -168,7 +168,8 @@ class Supervisor:
             del self._children[run_id]
             run = self._store.get(run_id)
             if run is not None and run.attempt == child.run.attempt and not run.state.has_ended:
-                self._bury(run, code, child.log)
+                # A process that was stopped before it could listen for the signal died of it.
+                self._bury(run, EXIT_INTERRUPTED if self._stopping.is_set() else code, child.log)
             self._remove_staging(child.run.model)
             self._logger.info("run's process ended", run_id=run_id, exit_code=code)
 
@@ -245,8 +246,6 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 child.process.kill()
                 child.process.wait()
-                # What was killed by the trainer was interrupted, not broken.
-                child.process.returncode = EXIT_INTERRUPTED
         with contextlib.suppress(Unavailable):
             self._reap()
 

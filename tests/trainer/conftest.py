@@ -117,7 +117,7 @@ def start_trainer(
         trainer.close()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 40.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     """Waits until something holds; fails when it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():

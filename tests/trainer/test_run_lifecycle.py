@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
-from shared.bundle import Registry, history_from_events, load_bundle
+from shared.bundle import Bundle, Registry, history_from_events, load_bundle, write_bundle
 from shared.bundle.history import encoder_inputs
 from shared.errors import ShopkeeperError
 from shared.grpc_status import from_rpc_error
-from shared.keys import read_verifying_key
+from shared.keys import read_signing_key, read_verifying_key
 from tests.trainer.conftest import eventually, walk
 
 State = training_run_pb2.TrainingRun.State
@@ -41,7 +43,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     again = stub.CreateTrainingRun(request)
 
     assert again.run_id == created.run_id
-    seen = list(stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=created.run_id), timeout=60))
+    seen = list(stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=created.run_id), timeout=150))
     run = seen[-1].training_run
     journal = [entry for message in seen for entry in message.progress]
     assert run.state == State.STATE_SUCCEEDED, run.failure
@@ -77,43 +79,78 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     )
     history = history_from_events(["item-4", "item-5", "item-6"], [3, 3, 3], bundle.index_of)
     query_D = bundle.encoder.encode(*encoder_inputs(history, bundle.item_vectors, bundle.max_history))
-    best = {bundle.item_ids[index] for index in (bundle.item_vectors @ query_D).argsort()[-3:]}
-    assert best & {"item-7", "item-8"}
+    score_I = bundle.item_vectors @ query_D
+    score_I[history.indices_H] = -np.inf
+    assert bundle.item_ids[int(score_I.argmax())] in {"item-7", "item-8"}
 
-    # Two versions later the first one can be had back.
-    second = stub.CreateTrainingRun(
-        pb.CreateTrainingRunRequest(request_id="second", config=TINY, model="main")
+    # What the gate failed is promoted by force alone, and the first one can be had back.
+    newest = republish(Registry(tmp_path / "registry"), bundle, keys_dir, verdict="FAILED")
+    promote = pb.PromoteModelRequest(version=newest, comment="the shop insists")
+    refused = failure_of(lambda: stub.PromoteModel(promote))
+    assert refused.reason == "GATE_FAILED"
+    assert "not good enough" in refused.message
+    forced = stub.PromoteModel(
+        pb.PromoteModelRequest(
+            version=newest, comment="the shop insists", force=True, expected_current_version=run.version
+        )
     )
-    eventually(lambda: stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=second.run_id)).state in (4, 5))
-    newest = stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=second.run_id))
-    assert newest.state == State.STATE_SUCCEEDED, newest.failure
+    assert forced.aliases[0].version == newest
+    assert forced.aliases[0].history[0].cause == model_pb2.AliasChange.CAUSE_FORCED
     back = stub.RollbackModel(
-        pb.RollbackModelRequest(comment="worse in the shop", expected_current_version=newest.version)
+        pb.RollbackModelRequest(comment="worse in the shop", expected_current_version=newest)
     )
     assert back.aliases[0].version == run.version
     assert back.aliases[0].history[0].comment == "worse in the shop"
-    assert (
-        failure_of(
-            lambda: stub.RollbackModel(pb.RollbackModelRequest(expected_current_version=newest.version))
-        ).reason
-        == "ALIAS_CHANGED"
-    )
+    retried = failure_of(lambda: stub.RollbackModel(pb.RollbackModelRequest(expected_current_version=newest)))
+    assert retried.reason == "ALIAS_CHANGED"
     assert failure_of(lambda: stub.RollbackModel(pb.RollbackModelRequest())).reason == "NO_PREVIOUS_VERSION"
-    forth = stub.PromoteModel(pb.PromoteModelRequest(version=newest.version, comment="it was not"))
-    assert forth.aliases[0].version == newest.version
-    assert forth.aliases[0].history[0].cause == model_pb2.AliasChange.CAUSE_PROMOTED
     listed = stub.ListModelVersions(pb.ListModelVersionsRequest(page_size=1))
     rest = stub.ListModelVersions(pb.ListModelVersionsRequest(page_size=1, page_token=listed.next_page_token))
-    assert [v.version for v in [*listed.model_versions, *rest.model_versions]] == sorted(
-        [run.version, newest.version], reverse=True
-    )
+    assert [v.version for v in [*listed.model_versions, *rest.model_versions]] == [newest, run.version]
     assert not rest.next_page_token
     watched = []
     for message in stub.WatchAliases(pb.WatchAliasesRequest(), timeout=10):
         if message.snapshot_complete:
             break
         watched.append((message.model, message.alias.alias, message.alias.version))
-    assert watched == [("main", "production", newest.version)]
+    assert watched == [("main", "production", run.version)]
+
+    # A damaged version is refused whatever is forced.
+    weights = Registry(tmp_path / "registry").version_path("main", newest) / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    damaged = failure_of(
+        lambda: stub.PromoteModel(pb.PromoteModelRequest(version=newest, comment="x", force=True))
+    )
+    assert damaged.reason == "BUNDLE_DAMAGED"
+
+
+def republish(registry: Registry, bundle: Bundle, keys_dir: Path, verdict: str) -> str:
+    """Publishes a version's arrays again under another verdict."""
+    fields = {
+        name: value
+        for name, value in bundle.manifest.items()
+        if name not in ("signature", "files", "version", "created_at")
+    }
+    fields["gate"] = {"verdict": verdict, "reasons": ["beats_popularity: not good enough"], "checks": []}
+    path = registry.version_path(bundle.model, bundle.version)
+    return write_bundle(
+        registry,
+        bundle.model,
+        arrays={
+            "item_vectors": bundle.item_vectors,
+            "item_bias": bundle.item_bias,
+            "popularity": bundle.popularity,
+            "cooccurrence_indptr": bundle.cooccurrence.indptr_I1,
+            "cooccurrence_indices": bundle.cooccurrence.indices_N,
+            "cooccurrence_weights": bundle.cooccurrence.weights_N,
+        },
+        vocabulary=list(bundle.item_ids),
+        encoder_bytes=(path / "encoder.tflite").read_bytes(),
+        manifest_fields=fields,
+        attachments={},
+        signing_key=read_signing_key(keys_dir),
+        now=datetime.now(UTC) + timedelta(seconds=2),
+    )
 
 
 def test_too_little_data_fails_with_the_numbers_and_leaves_nothing(
@@ -123,7 +160,7 @@ def test_too_little_data_fails_with_the_numbers_and_leaves_nothing(
     _, stub = start_trainer()
     run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=TINY))
 
-    *_, last = stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run.run_id), timeout=60)
+    *_, last = stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run.run_id), timeout=150)
 
     assert last.training_run.state == State.STATE_FAILED
     assert last.training_run.failure.reason == "TOO_LITTLE_DATA"

@@ -48,7 +48,7 @@ def convert(encoder: Encoder) -> bytes:
     """
     # Weights become constants: a variable would have to be initialised before the first call, and holds state.
     frozen = convert_variables_to_constants_v2(serving_function(encoder))
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen])
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], encoder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     # The converter writes what nobody asked for to standard output.
     with contextlib.redirect_stdout(io.StringIO()):

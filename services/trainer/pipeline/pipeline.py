@@ -121,9 +121,6 @@ def train_model(
         FailedPrecondition: TOO_LITTLE_DATA, DIVERGED or PARITY_BROKEN.
         Cancelled: `should_stop` said so.
     """
-    # Imported here: the server reads plans and cards without TensorFlow.
-    from services.trainer.pipeline.export import convert, measure_parity
-    from services.trainer.pipeline.training import EpochReport, SequenceModel, train
 
     def check() -> None:
         if should_stop():
@@ -161,6 +158,10 @@ def train_model(
     check()
 
     report("TRAINING", "Building the model.")
+    # Imported here: too little data is found out without TensorFlow's seconds and memory.
+    from services.trainer.pipeline.export import convert, measure_parity
+    from services.trainer.pipeline.training import EpochReport, SequenceModel, train
+
     cpu_before, wall_before = time.process_time(), time.monotonic()
     model = SequenceModel(histories.item_count, attributes, size, seed)
 
