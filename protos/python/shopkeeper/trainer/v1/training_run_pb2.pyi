@@ -367,13 +367,13 @@ class TrainingConfig(_message.Message):
         SIZE_UNSPECIFIED: TrainingConfig._Size.ValueType  # 0
         """`SIZE_SMALL`."""
         SIZE_TINY: TrainingConfig._Size.ValueType  # 1
-        """16 wide, 1 block, 24 events: for tests."""
+        """16 wide, 1 block, 32 events: for tests."""
         SIZE_SMALL: TrainingConfig._Size.ValueType  # 2
-        """64 wide, 1 block, 50 events: minutes on two cores."""
+        """64 wide, 1 block, 64 events: a minute on two cores."""
         SIZE_BASE: TrainingConfig._Size.ValueType  # 3
-        """128 wide, 2 blocks, 100 events: a large shop's nightly run."""
+        """128 wide, 2 blocks, 128 events: a large shop's nightly run, an hour."""
         SIZE_LARGE: TrainingConfig._Size.ValueType  # 4
-        """1,024 wide, 8 blocks, 256 events, over 100 million parameters without
+        """1,024 wide, 9 blocks, 256 events, over 100 million parameters without
         the item table: accelerators.
         """
 
@@ -383,13 +383,13 @@ class TrainingConfig(_message.Message):
     SIZE_UNSPECIFIED: TrainingConfig.Size.ValueType  # 0
     """`SIZE_SMALL`."""
     SIZE_TINY: TrainingConfig.Size.ValueType  # 1
-    """16 wide, 1 block, 24 events: for tests."""
+    """16 wide, 1 block, 32 events: for tests."""
     SIZE_SMALL: TrainingConfig.Size.ValueType  # 2
-    """64 wide, 1 block, 50 events: minutes on two cores."""
+    """64 wide, 1 block, 64 events: a minute on two cores."""
     SIZE_BASE: TrainingConfig.Size.ValueType  # 3
-    """128 wide, 2 blocks, 100 events: a large shop's nightly run."""
+    """128 wide, 2 blocks, 128 events: a large shop's nightly run, an hour."""
     SIZE_LARGE: TrainingConfig.Size.ValueType  # 4
-    """1,024 wide, 8 blocks, 256 events, over 100 million parameters without
+    """1,024 wide, 9 blocks, 256 events, over 100 million parameters without
     the item table: accelerators.
     """
 
