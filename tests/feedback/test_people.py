@@ -218,6 +218,8 @@ def test_forgetting_waits_for_a_writer_that_has_not_seen_the_tombstone(shop: Sho
             "user_key) VALUES (gen_random_uuid(), 0, now(), 3, 0, 0, 0, %s)",
             (user_key,),
         )
+        waits = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        eventually(lambda: receipts or shop.sql(waits))
         assert not receipts
         writer.commit()
         thread.join(20)
