@@ -45,7 +45,7 @@ from shared.errors import Cancelled, FailedPrecondition
 
 # Held-out events that early stopping looks at: enough for a stable NDCG, cheap beside a pass.
 _VALIDATION_CELLS = 30_000_000
-_VALIDATION_USERS = (500, 5_000)
+_VALIDATION_USERS = (500, 3_000)
 # After measuring, passes over everything: a part of those that training needed.
 _REFIT_SHARE = 0.2
 

@@ -1,0 +1,149 @@
+"""The log and the catalogue, as a run reads them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import numpy as np
+import psycopg
+import pytest
+from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
+
+from services.trainer.clients import CatalogueClient, values_of
+from services.trainer.pipeline.log_reader import decode_rows, read_events
+from shared.database import Database
+from shared.errors import Unimplemented
+from shared.tokens import Watermark
+from tests.trainer.conftest import VIEW, walk
+
+
+def test_the_log_arrives_as_it_was_written_with_the_watermark_of_its_snapshot(record, database_url) -> None:
+    histories = walk(users=40, items=12)
+    record(histories)
+    database = Database(database_url, schema="trainer")
+    with database.dedicated_connection() as connection:
+        events = read_events(connection)
+        some = read_events(connection, start_time=datetime(2026, 1, 1, 0, 2, tzinfo=UTC))
+    database.close()
+    found: dict[int, list[tuple[int, str]]] = {}
+    for user, item, time in zip(events.user_E, events.item_E, events.time_E, strict=True):
+        found.setdefault(int(user), []).append((int(time), events.item_ids[item]))
+    assert sorted([item for _, item in sorted(history)] for history in found.values()) == sorted(
+        [f"item-{item}" for item in history] for history in histories
+    )
+    assert set(events.kind_E.tolist()) == {VIEW}
+    first = datetime.fromtimestamp(events.time_E.min() / 1e6, UTC)
+    assert first == datetime(2026, 1, 1, tzinfo=UTC)
+    # Two minutes are cut off: the first two events of everyone.
+    assert len(some) == len(events) - 2 * len(histories)
+    with psycopg.connect(database_url) as connection:
+        row = connection.execute("SELECT max(xid)::text FROM feedback.events").fetchone()
+    assert row is not None
+    assert Watermark.decode(events.watermark).covers(int(row[0]))
+
+
+def test_an_empty_log_is_no_error_of_reading(record, database_url) -> None:
+    database = Database(database_url, schema="trainer")
+    with database.dedicated_connection() as connection:
+        assert len(read_events(connection)) == 0
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PGCOPY", b"PGCOPY\n\xff\r\n\x00" + b"\0" * 8 + b"\0\x05" + b"\xff\xff"]
+)
+def test_what_is_no_complete_copy_is_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="COPY"):
+        decode_rows(content)
+
+
+def item(item_id: str, **fields: object) -> item_pb2.Item:
+    return item_pb2.Item(item_id=item_id, **fields)  # type: ignore[arg-type]
+
+
+def test_an_item_is_described_by_names_and_not_by_numbers() -> None:
+    boots = item(
+        "b",
+        title="Red Winter Boots, red",
+        brand="Acme",
+        category_path=["Shoes", "Boots"],
+        tags=["new"],
+        attributes=[
+            item_pb2.Attribute(key="colour", text="red"),
+            item_pb2.Attribute(key="weight", number=1.2),
+            item_pb2.Attribute(key="vegan", flag=True),
+        ],
+    )
+    assert values_of(boots) == [
+        "category:Shoes",
+        "category:Shoes > Boots",
+        "brand:Acme",
+        "tag:new",
+        "colour=red",
+        "vegan=True",
+        "word:boots",
+        "word:red",
+        "word:winter",
+    ]
+
+
+class PagedCatalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
+    def ListItems(self, request, context):
+        first = int(request.page_token or 0)
+        return catalog_service_pb2.ListItemsResponse(
+            items=[item(f"i{first}", brand="x")], next_page_token=str(first + 1) if first < 4 else ""
+        )
+
+
+class NoCatalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
+    def ListItems(self, request, context):
+        raise Unimplemented("NOT_BUILT_YET", "there is none")
+
+
+@pytest.mark.parametrize(("servicer", "items"), [(PagedCatalogue(), 5), (NoCatalogue(), 0)])
+def test_the_catalogue_is_read_to_its_end_or_done_without(serve, servicer, items: int) -> None:
+    channel = serve(
+        lambda server: catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicer, server)
+    )
+    client = CatalogueClient("127.0.0.1:9", timeout_seconds=5)
+    client._stub = catalog_service_pb2_grpc.CatalogServiceStub(channel)
+    attributes, why_none = client.attributes()
+    client.close()
+    assert len(attributes) == items
+    assert bool(why_none) == (items == 0)
+
+
+def test_the_server_never_loads_tensorflow() -> None:
+    code = "import services.trainer.__main__, sys; print([m for m in sys.modules if m in ('tensorflow', 'keras', 'matplotlib')])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_same_seed_gives_the_same_weights_and_they_beat_popularity() -> None:
+    from services.trainer.domain.hyper_parameters import resolve
+    from services.trainer.pipeline.pipeline import Plan, train_model
+    from tests.trainer.conftest import columns_of
+
+    events = columns_of(walk(users=120, items=30))
+    attributes = {f"item-{n}": [f"half:{n // 15}"] for n in range(30)}
+
+    def train(seed: int):
+        size = resolve("tiny", {"max_epochs": 8, "negatives": 8})
+        return train_model(
+            events,
+            attributes,
+            size,
+            Plan(refit=False, resamples=100),
+            model_name="main",
+            seed=seed,
+            report=lambda *_, **__: None,
+        )
+
+    first, again = train(1), train(1)
+    np.testing.assert_array_equal(first.arrays["item_vectors"], again.arrays["item_vectors"])
+    assert first.manifest_fields["data"]["attributes"] == 2
+    ladder = {rung.name: rung.metrics["ndcg@10"] for rung in first.report.ladder}
+    assert ladder["transformer"].value > ladder["popularity"].high
+    assert first.report.lead_over_popularity.low > 0
