@@ -112,6 +112,8 @@ LEFT JOIN LATERAL (
     SELECT (u.ordinality - 1)::smallint AS line, u.item_id, u.quantity, u.price_micros
     FROM unnest(e.line_items, e.line_quantities, e.line_prices)
         WITH ORDINALITY AS u (item_id, quantity, price_micros, ordinality)
+    -- Asked once a row, before the function is called: most events have no lines.
+    WHERE e.line_items IS NOT NULL
 ) AS l ON true
 LEFT JOIN consents AS c ON c.user_key = e.user_key
 WHERE e.quarantine_reason IS NULL;
@@ -137,6 +139,8 @@ LEFT JOIN LATERAL (
     SELECT (u.ordinality - 1)::smallint AS line, u.item_id, u.quantity, u.price_micros
     FROM unnest(e.line_items, e.line_quantities, e.line_prices)
         WITH ORDINALITY AS u (item_id, quantity, price_micros, ordinality)
+    -- Asked once a row, before the function is called: most events have no lines.
+    WHERE e.line_items IS NOT NULL
 ) AS l ON true
 LEFT JOIN consents AS c ON c.user_key = e.user_key
 WHERE e.quarantine_reason IS NULL
