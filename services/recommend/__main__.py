@@ -92,7 +92,7 @@ class RecommendService:
             model=settings.recommend_model,
             alias=settings.recommend_alias,
             poll_seconds=settings.registry_poll_seconds,
-            on_loaded=_model_in_service(),
+            on_loaded=_before_service(self.catalog_store),
             on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
         )
         configs = ServingConfigs()
@@ -154,17 +154,19 @@ class RecommendService:
         recommend_service_pb2_grpc.add_RecommendServiceServicer_to_server(self._servicer, server)
 
 
-def _model_in_service() -> Callable[[BundleModel], None]:
+def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None]:
     previous: list[BundleModel] = []
 
-    def note(model: BundleModel) -> None:
+    def prepare(model: BundleModel) -> None:
+        # Makes room for the model's items beside the old model, not in the first request of the new one.
+        catalog_store.publish()
         for old in previous:
             MODEL_INFO.remove(old.name, old.version)
         previous[:] = [model]
         MODEL_INFO.labels(model.name, model.version).set(1)
         MODEL_SWAPS.inc()
 
-    return note
+    return prepare
 
 
 def main() -> None:

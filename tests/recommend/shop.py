@@ -117,6 +117,7 @@ class FakeProfile(
         self.get_profile_calls = 0
         self.answers_calls = True
         self.hangs = threading.Event()
+        self.log_read_at: float | None = None
         self.consents: dict[bytes, bool] = {}
 
     def record(self, user_key: bytes, *events: tuple[str, EventKind], at: float | None = None) -> int:
@@ -174,7 +175,12 @@ class FakeProfile(
                 sent = until
             if self._held:
                 time.sleep(0.02)
-            yield profile_service_pb2.WatchProfilesResponse(changed=changed, watermark=self._watermark(sent))
+            message = profile_service_pb2.WatchProfilesResponse(
+                changed=changed, watermark=self._watermark(sent)
+            )
+            read_at = time.time() if self.log_read_at is None else self.log_read_at
+            message.watermark_time.FromNanoseconds(int(read_at * 1e9))
+            yield message
 
     def GetProfile(self, request: Any, context: grpc.ServicerContext) -> Any:
         self.get_profile_calls += 1

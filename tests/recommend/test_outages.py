@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from shopkeeper.profile.v1 import profile_service_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
 
@@ -40,6 +42,36 @@ class TestWithoutProfile:
         stranger = recommend(shop, user_id="bob", context_events=[{"item_id": "shoe-1"}], page_size=1)
         assert "PROFILE_UNAVAILABLE" in causes(stranger)
         assert ids(stranger)[0].startswith("shoe")
+
+    def test_a_profile_that_cannot_read_the_log_is_stale_though_its_heart_beats(self, shop: Shop) -> None:
+        shop.profile.record(shop.user_key("ann"), ("shoe-1", VIEW))
+        eventually(lambda: recommend(shop, user_id="ann").freshness.events_used == 1)
+        assert not causes(recommend(shop, user_id="ann"))
+        shop.profile.log_read_at = time.time()
+        eventually(lambda: causes(recommend(shop, user_id="ann")) == {"PROFILE_STALE"})
+        shop.profile.log_read_at = None
+        eventually(lambda: not causes(recommend(shop, user_id="ann")))
+
+    def test_a_place_to_resume_from_that_is_refused_is_given_up(
+        self, shop: Shop, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refused: list[bytes] = []
+        watch = shop.profile.WatchProfiles
+
+        def refuse(
+            request: profile_service_pb2.WatchProfilesRequest, context: grpc.ServicerContext
+        ) -> object:
+            if request.resume_watermark:
+                refused.append(request.resume_watermark)
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, "of another log")
+            return watch(request, context)
+
+        monkeypatch.setattr(shop.profile, "WatchProfiles", refuse)
+        shop.profile_server.kill()
+        shop.profile_server.start()
+        shop.profile.record(shop.user_key("ann"), ("shoe-1", VIEW))
+        eventually(lambda: refused and not causes(recommend(shop, user_id="ann")))
+        assert recommend(shop, user_id="ann").freshness.events_used == 1
 
     def test_answers_stay_inside_the_deadline(self, shop: Shop) -> None:
         shop.profile_server.kill()

@@ -29,7 +29,7 @@ class CatalogClient:
         self._complete = False
         self._published = 0.0
         self._first_complete = threading.Event()
-        self._stream = ReconnectingStream("items", self._open, self._consume)
+        self._stream = ReconnectingStream("items", self._open, self._consume, self._begin_anew)
 
     def start(self) -> None:
         """Begins to follow the stream."""
@@ -55,6 +55,9 @@ class CatalogClient:
             last_error="" if stream.connected else stream.last_error,
             complete=self._first_complete.is_set(),
         )
+
+    def _begin_anew(self) -> None:
+        self._watermark = b""
 
     def _open(self) -> Any:
         return self._stub.WatchItems(catalog_service_pb2.WatchItemsRequest(resume_token=self._watermark))

@@ -59,9 +59,10 @@ class ProfileClient:
         self._watermark: Watermark | None = None
         self._encoded_watermark = b""
         self._watermark_time: float | None = None
+        self._progress_time: float | None = None
         self._flights: dict[tuple[bytes, str], _Flight] = {}
         self._closed_until = 0.0
-        self._stream = ReconnectingStream("profiles", self._open, self._consume)
+        self._stream = ReconnectingStream("profiles", self._open, self._consume, self._begin_anew)
 
     def start(self) -> None:
         """Begins to follow the stream."""
@@ -115,7 +116,8 @@ class ProfileClient:
         return StreamState(
             name="profiles",
             connected=stream.connected,
-            last_message_time=stream.last_message_time,
+            # Heartbeats go on while profile cannot read the log; only a new reading is news.
+            last_message_time=self._progress_time,
             watermark=self._encoded_watermark,
             watermark_time=self._watermark_time,
             entries=len(self._profiles),
@@ -135,11 +137,17 @@ class ProfileClient:
             error = from_rpc_error(rpc_error)
             if isinstance(error, InvalidInput):
                 raise error from None
-            if not self._stream.connected:
+            if not self._stream.connected or not self._is_progressing():
                 # Asking again for every request would cost each of them its time.
                 self._closed_until = time.monotonic() + _BREAKER_SECONDS
             raise error from None
         return self._take(profile.live, fresh=False)
+
+    def _is_progressing(self) -> bool:
+        return self._progress_time is not None and time.time() - self._progress_time < _BREAKER_SECONDS
+
+    def _begin_anew(self) -> None:
+        self._encoded_watermark = b""
 
     def _open(self) -> Any:
         index, count = self._partition
@@ -167,11 +175,14 @@ class ProfileClient:
             watermark = Watermark.decode(message.watermark)
             with self._lock:
                 self._watermark, self._encoded_watermark = watermark, message.watermark
-                self._watermark_time = (
+                now = time.time()
+                read = (
                     message.watermark_time.ToNanoseconds() / 1e9
                     if message.HasField("watermark_time")
-                    else time.time()
+                    else now
                 )
+                if read != self._watermark_time:
+                    self._watermark_time, self._progress_time = read, now
                 self._lock.notify_all()
 
     def _take(self, live: live_profile_pb2.LiveProfile, *, fresh: bool) -> LiveHistory:

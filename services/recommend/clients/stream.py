@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from shared.errors import InvalidInput
 from shared.grpc_status import from_rpc_error
 from shared.telemetry import get_logger
 
@@ -24,12 +25,20 @@ class ReconnectingStream:
     Args:
         open_call: opens the stream; a call that can be iterated and cancelled.
         consume: takes one message.
+        begin_anew: forgets where to resume: the other side does not know that place.
     """
 
-    def __init__(self, name: str, open_call: Callable[[], Any], consume: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        open_call: Callable[[], Any],
+        consume: Callable[[Any], None],
+        begin_anew: Callable[[], None],
+    ) -> None:
         self._name = name
         self._open_call = open_call
         self._consume = consume
+        self._begin_anew = begin_anew
         self._stop = threading.Event()
         self._call: Any = None
         self._thread = threading.Thread(target=self._run, name=f"{name}-stream", daemon=True)
@@ -66,6 +75,8 @@ class ReconnectingStream:
             except grpc.RpcError as rpc_error:
                 failure = from_rpc_error(rpc_error)
                 error = f"{failure.reason}: {failure.message}"
+                if isinstance(failure, InvalidInput):
+                    self._begin_anew()
             except Exception as failure:
                 # A message that cannot be taken in must not end the stream for good.
                 error = f"{type(failure).__name__}: {failure}"
@@ -76,13 +87,14 @@ class ReconnectingStream:
                 return
             if error and (self.connected or not self.last_error):
                 _LOGGER.warning("stream interrupted", stream=self._name, error=error)
-            was_connected, self.connected = self.connected, False
             if error:
                 self.last_error = error
-            # A stream that ended by its age limit is resumed at once.
-            if error or not was_connected:
+                self.connected = False
                 self._stop.wait(backoff)
                 backoff = min(_LAST_BACKOFF_SECONDS, backoff * 2)
+            else:
+                # It reached its age limit: resumed at once, but never in a busy loop.
+                self._stop.wait(0.01)
 
 
 class Watchdog:

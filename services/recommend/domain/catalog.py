@@ -6,6 +6,7 @@ one. So a request that holds a snapshot sees one state of the shop throughout.
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -135,10 +136,11 @@ class Catalog:
 
 
 class CatalogStore:
-    """Builds the snapshots. One thread writes; any thread reads `current`."""
+    """Builds the snapshots. Writers take turns; reading `current` takes no lock."""
 
     def __init__(self, index: ItemIndex) -> None:
         self._index = index
+        self._lock = threading.RLock()
         self._keys_of_row: dict[int, dict[PostingKey, float | None]] = {}
         self._added: defaultdict[PostingKey, dict[int, float | None]] = defaultdict(dict)
         self._removed: defaultdict[PostingKey, set[int]] = defaultdict(set)
@@ -150,17 +152,18 @@ class CatalogStore:
 
     def stage(self, upserted: Iterable[CatalogItem], deleted: Iterable[str]) -> None:
         """Takes changes in; they become visible with `publish`."""
-        items = list(upserted)
-        for row, item in zip(self._index.intern(i.item_id for i in items).tolist(), items, strict=True):
-            self._staged[row] = item
-            self._reindex(row, _keys(item))
-            self._known.add(row)
-            if self._seen_since_reset is not None:
-                self._seen_since_reset.add(row)
-        for item_id in deleted:
-            row = self._index.row_of(item_id)
-            if row is not None:
-                self._delete(row)
+        with self._lock:
+            items = list(upserted)
+            for row, item in zip(self._index.intern(i.item_id for i in items).tolist(), items, strict=True):
+                self._staged[row] = item
+                self._reindex(row, _keys(item))
+                self._known.add(row)
+                if self._seen_since_reset is not None:
+                    self._seen_since_reset.add(row)
+            for item_id in deleted:
+                row = self._index.row_of(item_id)
+                if row is not None:
+                    self._delete(row)
 
     def begin_snapshot(self) -> None:
         """Begins a snapshot from nothing.
@@ -168,45 +171,48 @@ class CatalogStore:
         What is known stays until the new snapshot is complete: were it dropped here, items that
         are withdrawn would be recommended in between.
         """
-        self._seen_since_reset = set()
+        with self._lock:
+            self._seen_since_reset = set()
 
     def complete_snapshot(self) -> None:
         """Ends a snapshot: what it did not name is gone."""
-        if self._seen_since_reset is not None:
-            for row in self._known - self._seen_since_reset:
-                self._delete(row)
-        self._seen_since_reset = None
-        self._complete = True
+        with self._lock:
+            if self._seen_since_reset is not None:
+                for row in self._known - self._seen_since_reset:
+                    self._delete(row)
+            self._seen_since_reset = None
+            self._complete = True
 
     def publish(self) -> Catalog:
         """Makes the staged changes visible, all at once, and returns the new state."""
-        old, size = self.current, len(self._index)
-        if not self._staged and size == old.size and old.complete == self._complete:
-            return old
-        columns = {name: _grown(old.columns[name], size) for name in old.columns}
-        items = dict(old.items)
-        for row, item in self._staged.items():
-            self._write(columns, row, item)
-            if item is None:
-                items.pop(row, None)
-            else:
-                items[row] = item
-        timed_R = ~(np.isnan(columns["available_from"]) & np.isnan(columns["available_until"]))
-        for column in columns.values():
-            column.flags.writeable = False
-        self.current = Catalog(
-            version=old.version + 1,
-            size=size,
-            complete=self._complete,
-            described_count=int(np.count_nonzero(columns["described"])),
-            columns=columns,
-            postings=self._merged_postings(),
-            timed_rows=np.flatnonzero(timed_R).astype(np.int32),
-            items=items,
-            index=self._index,
-        )
-        self._staged = {}
-        return self.current
+        with self._lock:
+            old, size = self.current, len(self._index)
+            if not self._staged and size == old.size and old.complete == self._complete:
+                return old
+            columns = {name: _grown(old.columns[name], size) for name in old.columns}
+            items = dict(old.items)
+            for row, item in self._staged.items():
+                self._write(columns, row, item)
+                if item is None:
+                    items.pop(row, None)
+                else:
+                    items[row] = item
+            timed_R = ~(np.isnan(columns["available_from"]) & np.isnan(columns["available_until"]))
+            for column in columns.values():
+                column.flags.writeable = False
+            self.current = Catalog(
+                version=old.version + 1,
+                size=size,
+                complete=self._complete,
+                described_count=int(np.count_nonzero(columns["described"])),
+                columns=columns,
+                postings=self._merged_postings(),
+                timed_rows=np.flatnonzero(timed_R).astype(np.int32),
+                items=items,
+                index=self._index,
+            )
+            self._staged = {}
+            return self.current
 
     def _delete(self, row: int) -> None:
         self._staged[row] = None

@@ -19,11 +19,14 @@ def top_rows(score_R: Float32, eligible_R: npt.NDArray[np.bool_], count: int) ->
     """
     masked_R = np.where(eligible_R, score_R, np.float32(-np.inf))
     if count < len(masked_R):
-        # Everything above the count-th score, and of those equal to it the lowest rows.
-        threshold = -np.partition(-masked_R, count - 1)[count - 1]
-        above = np.flatnonzero(masked_R > threshold)
-        equal = np.flatnonzero(masked_R == threshold)[: count - len(above)]
-        rows = np.concatenate([above, equal])
+        ascending_R = masked_R.copy()
+        ascending_R.partition(len(masked_R) - count)
+        threshold = ascending_R[len(masked_R) - count]
+        rows = np.flatnonzero(masked_R >= threshold)
+        if len(rows) > count:
+            # Of those equal to the count-th score only the lowest rows.
+            above, equal = rows[masked_R[rows] > threshold], rows[masked_R[rows] == threshold]
+            rows = np.concatenate([above, equal[: count - len(above)]])
     else:
         rows = np.arange(len(masked_R))
     scores = masked_R[rows]
