@@ -238,6 +238,9 @@ def train(
         int, typer.Option(min=0, help="The most seconds to spend on training; 0: the size's own.")
     ] = 0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    exclude_seen: Annotated[
+        bool, typer.Option(help="Measure with items that a shopper has had before left out of the ranking.")
+    ] = True,
     promote: Annotated[
         bool, typer.Option(help="Put the version into production when its gate passes.")
     ] = True,
@@ -249,8 +252,9 @@ def train(
         raise InvalidInput("UNKNOWN_SIZE", f"{size!r} is no size. Choose {', '.join(training.SIZES)}.")
     with Clients(Installation.from_environment(home)) as clients:
         run = training.create_run(
-            clients, model=model, size=size, max_seconds=max_seconds, seed=seed, promote=promote
-        )
+            clients, model=model, size=size, max_seconds=max_seconds, seed=seed, promote=promote,
+            exclude_seen=exclude_seen,
+        )  # fmt: skip
         if not watch:
             if as_json:
                 show_json(run)

@@ -25,6 +25,12 @@ class Imported:
     uploader: Uploader
     seconds: float
     events_of_user: Counter[str]
+    explorers: int
+
+    @property
+    def explorer_share(self) -> float:
+        """Returns the share of shoppers with more than one item, in [0, 1]."""
+        return self.explorers / max(1, len(self.events_of_user))
 
     @property
     def exit_code(self) -> int:
@@ -49,10 +55,17 @@ def import_path(clients: Clients, path: Path, mapping: str | None, *, quiet: boo
             say(data_set.mapping.note)
     uploader = Uploader(clients.channels["feedback"], clients.channels["profile"])
     users: Counter[str] = Counter()
+    only_item: dict[str, str] = {}
+    explorers: set[str] = set()
 
     def counted() -> Iterator[EventBatch]:
         for batch in data_set.events():
             users.update(batch.user_ids)
+            for event, user in enumerate(batch.user_ids):
+                if user not in explorers:
+                    items = batch.item_ids[batch.offsets[event] : batch.offsets[event + 1]]
+                    if any(item != only_item.setdefault(user, item) for item in items):
+                        explorers.add(user)
             yield batch
 
     if any(file.source.role == "events" for file in data_set.files):
@@ -68,7 +81,7 @@ def import_path(clients: Clients, path: Path, mapping: str | None, *, quiet: boo
             sent += count
             progress.update(data_set.done, sent)
         progress.update(1.0, sent)
-    return Imported(data_set, uploader, time.monotonic() - start, users)
+    return Imported(data_set, uploader, time.monotonic() - start, users, len(explorers))
 
 
 def show_import(imported: Imported, *, as_json: bool) -> None:

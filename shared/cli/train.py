@@ -32,10 +32,11 @@ _RUNG_ORDER = {name: number for number, name in enumerate(RUNG_TITLES)}
 
 def create_run(
     clients: Clients, *, model: str = "", size: str = "", max_seconds: int = 0, seed: int = 0, promote: bool = True,
-    request_id: str = "",
+    request_id: str = "", exclude_seen: bool = True,
 ) -> training_run_pb2.TrainingRun:  # fmt: skip
     """Starts a training run and returns it as it is now."""
     config = training_run_pb2.TrainingConfig(max_train_seconds=max_seconds, seed=seed, promote=promote)
+    config.evaluation.exclude_seen = exclude_seen
     if size:
         config.size = SIZES[size]  # type: ignore[assignment]
     request = trainer_service_pb2.CreateTrainingRunRequest(model=model, config=config, request_id=request_id)
