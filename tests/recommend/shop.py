@@ -118,6 +118,7 @@ class FakeProfile(
         self.answers_calls = True
         self.hangs = threading.Event()
         self.log_read_at: float | None = None
+        self.lags = False
         self.consents: dict[bytes, bool] = {}
 
     def record(self, user_key: bytes, *events: tuple[str, EventKind], at: float | None = None) -> int:
@@ -188,6 +189,11 @@ class FakeProfile(
             context.abort(grpc.StatusCode.UNAVAILABLE, "told to fail")
         while self.hangs.is_set() and context.is_active():
             time.sleep(0.02)
+        if self.lags:
+            old = live_profile_pb2.LiveProfile(
+                user_key=request.user_key, watermark=self._watermark(1), personalisation=True
+            )
+            return profile_service_pb2.Profile(user_key=request.user_key, live=old)
         with self._changed:
             return profile_service_pb2.Profile(
                 user_key=request.user_key, live=self._live(request.user_key, self._xid)

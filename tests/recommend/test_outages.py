@@ -73,6 +73,16 @@ class TestWithoutProfile:
         eventually(lambda: refused and not causes(recommend(shop, user_id="ann")))
         assert recommend(shop, user_id="ann").freshness.events_used == 1
 
+    def test_what_a_lagging_replica_says_is_not_kept(self, make_shop: MakeShop) -> None:
+        shop = make_shop()
+        shop.publish(IDS, VECTORS)
+        shop.profile.record(shop.user_key("ann"), ("shoe-1", VIEW))
+        shop.profile.lags = True
+        shop.start()
+        assert recommend(shop, user_id="ann").freshness.events_used == 0
+        shop.profile.lags = False
+        assert recommend(shop, user_id="ann").freshness.events_used == 1
+
     def test_answers_stay_inside_the_deadline(self, shop: Shop) -> None:
         shop.profile_server.kill()
         eventually(lambda: not shop.service.profiles.state().connected)  # type: ignore[union-attr]

@@ -57,6 +57,7 @@ class ProfileClient:
         self._profiles: OrderedDict[bytes, LiveHistory] = OrderedDict()
         self._position: dict[bytes, int] = {}
         self._watermark: Watermark | None = None
+        self._start: int | None = None
         self._encoded_watermark = b""
         self._watermark_time: float | None = None
         self._progress_time: float | None = None
@@ -163,7 +164,7 @@ class ProfileClient:
                 self._profiles.clear()
                 self._position.clear()
                 # What the old stream has seen is no longer here.
-                self._watermark, self._encoded_watermark = None, b""
+                self._watermark, self._encoded_watermark, self._start = None, b"", None
         for user_key in message.erased_user_keys:
             self._counts.forget(user_key)
             with self._lock:
@@ -175,6 +176,8 @@ class ProfileClient:
             watermark = Watermark.decode(message.watermark)
             with self._lock:
                 self._watermark, self._encoded_watermark = watermark, message.watermark
+                if self._start is None:
+                    self._start = watermark.xmax
                 now = time.time()
                 read = (
                     message.watermark_time.ToNanoseconds() / 1e9
@@ -194,6 +197,9 @@ class ProfileClient:
             held = self._profiles.get(live.user_key)
             if held is not None and self._position.get(live.user_key, 0) > position:
                 return held
+            if not fresh and (self._start is None or position < self._start):
+                # From before the stream began, by a replica that lags: nobody would tell what came between.
+                return made
             self._profiles[live.user_key] = made
             self._profiles.move_to_end(live.user_key)
             self._position[live.user_key] = position
