@@ -17,7 +17,7 @@ from services.trainer.supervisor import Supervisor
 from services.trainer.use_cases import Models, TrainingRuns
 from shared.bundle import Registry
 from shared.database import Database, migrate, resolve_url
-from shared.errors import FailedPrecondition
+from shared.errors import FailedPrecondition, Unavailable
 from shared.keys import read_signing_key, read_verifying_key
 from shared.server import GrpcServer, run_service
 from shared.settings import load_settings
@@ -73,7 +73,8 @@ class Trainer:
         self.database.close()
 
     def _wait(self, seconds: float) -> None:
-        self._draining.wait(seconds)
+        if self._draining.wait(seconds):
+            raise Unavailable("SERVER_DRAINING", "The trainer is stopping; call again and resume.")
 
 
 def serve() -> None:

@@ -192,7 +192,7 @@ def _window(message: training_run_pb2.DataWindow, violations: Violations) -> Dat
         start_time=start.isoformat() if start else None,
         end_time=end.isoformat() if end else None,
         kinds=tuple(sorted(set(message.kinds))),
-        min_user_events=message.min_user_events or 2,
+        min_user_events=message.min_user_events or 1,
         min_item_events=message.min_item_events or 1,
         max_user_events=message.max_user_events or 200,
     )

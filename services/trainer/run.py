@@ -159,13 +159,6 @@ def execute(
         )
         if version is None:
             raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
-        store.append_progress(
-            run.run_id,
-            "PUBLISHING",
-            f"Version {version} is published.",
-            peak_resident_bytes=peak_resident_bytes(),
-            remaining_seconds=0.0,
-        )
     finally:
         lease.close()
 

@@ -195,6 +195,16 @@ class PostgresRunStore:
             )
             return ended.rowcount == 1
 
+    def adopt(self, run_id: str, attempt: int, version: str, gate: Mapping[str, Any], promoted: bool) -> None:
+        """Marks a run as succeeded whose process published, and died before it could say so."""
+        with self._database.connect() as connection:
+            connection.execute(
+                "UPDATE training_runs SET state = 'SUCCEEDED', version = %s, gate = %s, promoted = %s, "
+                "ended_at = clock_timestamp() "
+                "WHERE run_id = %s AND attempt = %s AND state IN ('RUNNING', 'CANCELLING')",
+                (version, Jsonb(dict(gate)), promoted, run_id, attempt),
+            )
+
     def requeue(self, run_id: str, attempt: int) -> bool:
         """Puts a run whose process was interrupted back into the queue; returns whether it was running."""
         with self._database.connect() as connection:
@@ -220,28 +230,7 @@ class PostgresRunStore:
     def append_progress(self, run_id: str, stage: str, message: str, **fields: Any) -> int:
         """Adds an entry to a run's journal and sets the run's stage; returns its number."""
         with self._database.connect() as connection:
-            # The row lock orders writers, so that numbers have no gaps.
-            connection.execute("UPDATE training_runs SET stage = %s WHERE run_id = %s", (stage, run_id))
-            row = connection.execute(
-                "INSERT INTO run_progress (run_id, sequence_number, stage, message, step, epoch, max_epochs, loss, "
-                "metrics, remaining_seconds, peak_resident_bytes) "
-                "SELECT %s, coalesce(max(sequence_number), 0) + 1, %s, %s, %s, %s, %s, %s, %s, %s, %s "
-                "FROM run_progress WHERE run_id = %s RETURNING sequence_number",
-                (
-                    run_id,
-                    stage,
-                    message,
-                    int(fields.get("step", 0)),
-                    int(fields.get("epoch", 0)),
-                    int(fields.get("max_epochs", 0)),
-                    fields.get("loss"),
-                    Jsonb(dict(fields.get("metrics", {}))),
-                    fields.get("remaining_seconds"),
-                    int(fields.get("peak_resident_bytes", 0)),
-                    run_id,
-                ),
-            ).fetchone()
-        return int(row[0]) if row else 0
+            return _append_progress(connection, run_id, stage, message, fields)
 
     @staticmethod
     def _known_request(connection: psycopg.Connection[Any], request_id: str) -> tuple[str, bytes] | None:
@@ -252,6 +241,33 @@ class PostgresRunStore:
     def _query(self, text: str, arguments: Mapping[str, Any] | Sequence[Any]) -> Sequence[TrainingRun]:
         with self._database.connect() as connection, connection.cursor(row_factory=dict_row) as cursor:
             return [_run(row) for row in cursor.execute(trusted_sql(text), arguments).fetchall()]
+
+
+def _append_progress(
+    connection: psycopg.Connection[Any], run_id: str, stage: str, message: str, fields: Mapping[str, Any]
+) -> int:
+    # The row lock orders writers, so that numbers have no gaps.
+    connection.execute("UPDATE training_runs SET stage = %s WHERE run_id = %s", (stage, run_id))
+    row = connection.execute(
+        "INSERT INTO run_progress (run_id, sequence_number, stage, message, step, epoch, max_epochs, loss, "
+        "metrics, remaining_seconds, peak_resident_bytes) "
+        "SELECT %s, coalesce(max(sequence_number), 0) + 1, %s, %s, %s, %s, %s, %s, %s, %s, %s "
+        "FROM run_progress WHERE run_id = %s RETURNING sequence_number",
+        (
+            run_id,
+            stage,
+            message,
+            int(fields.get("step", 0)),
+            int(fields.get("epoch", 0)),
+            int(fields.get("max_epochs", 0)),
+            fields.get("loss"),
+            Jsonb(dict(fields.get("metrics", {}))),
+            fields.get("remaining_seconds"),
+            int(fields.get("peak_resident_bytes", 0)),
+            run_id,
+        ),
+    ).fetchone()
+    return int(row[0]) if row else 0
 
 
 def _run(row: Mapping[str, Any]) -> TrainingRun:
@@ -315,6 +331,11 @@ class PublishingLease:
             if row is None or row[0] != RunState.RUNNING:
                 return None
             version, gate, promoted = write()
+            # In the same transaction: whoever sees the run ended sees its last entry.
+            message = (
+                f"Version {version} is published{', and serves' if promoted else ', and does not serve'}."
+            )
+            _append_progress(self._connection, run_id, "PUBLISHING", message, {"remaining_seconds": 0.0})
             self._connection.execute(
                 "UPDATE training_runs SET state = 'SUCCEEDED', version = %s, gate = %s, promoted = %s, "
                 "ended_at = clock_timestamp() WHERE run_id = %s",

@@ -23,7 +23,7 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.storage import PostgresRunStore, PublishingLease
 from shared.bundle import Registry
 from shared.database import Database
-from shared.errors import Unavailable
+from shared.errors import DataLoss, NotFound, Unavailable
 
 _TICK_SECONDS = 0.25
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +175,8 @@ class Supervisor:
 
     def _bury(self, run: TrainingRun, code: int, log: Path | None) -> None:
         """Ends a run whose process ended without saying how."""
+        if self._adopt(run):
+            return
         if run.state == RunState.CANCELLING:
             self._store.end(run.run_id, run.attempt, RunState.CANCELLED)
         elif code == EXIT_INTERRUPTED:
@@ -188,6 +190,18 @@ class Supervisor:
             )
             self._store.append_progress(run.run_id, run.stage, message)
             self._store.end(run.run_id, run.attempt, RunState.FAILED, RunFailure("PROCESS_DIED", message))
+
+    def _adopt(self, run: TrainingRun) -> bool:
+        """Returns whether the run had published after all; its process died between the two."""
+        for version in self._registry.list_versions(run.model)[:5]:
+            with contextlib.suppress(DataLoss, NotFound):
+                manifest = self._registry.read_manifest(run.model, version)
+                if manifest.get("run_id") == run.run_id:
+                    alias = self._registry.alias(run.model, run.config.promote_alias)
+                    promoted = alias is not None and alias.version == version
+                    self._store.adopt(run.run_id, run.attempt, version, manifest.get("gate", {}), promoted)
+                    return True
+        return False
 
     def _interrupted(self, run: TrainingRun) -> None:
         if run.attempt < self._settings.max_run_attempts:
@@ -221,6 +235,8 @@ class Supervisor:
             if run.run_id in self._children:
                 continue
             self._logger.warning("run has no process any more", run_id=run.run_id)
+            if self._adopt(run):
+                continue
             if run.state == RunState.CANCELLING:
                 self._store.end(run.run_id, run.attempt, RunState.CANCELLED)
             else:

@@ -36,7 +36,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     record, start_trainer, tmp_path: Path, keys_dir: Path
 ) -> None:
     record(walk(users=300, items=60))
-    _, stub = start_trainer()
+    trainer, stub = start_trainer()
     request = pb.CreateTrainingRunRequest(request_id="first", config=TINY)
 
     created = stub.CreateTrainingRun(request)
@@ -47,6 +47,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     run = seen[-1].training_run
     journal = [entry for message in seen for entry in message.progress]
     assert run.state == State.STATE_SUCCEEDED, run.failure
+    assert journal[-1].message == f"Version {run.version} is published, and serves."
     assert [entry.sequence_number for entry in journal] == list(range(1, len(journal) + 1))
     assert {Stage.STAGE_READING, Stage.STAGE_TRAINING, Stage.STAGE_EVALUATING, Stage.STAGE_PUBLISHING} <= {
         entry.stage for entry in journal
@@ -115,6 +116,17 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
         watched.append((message.model, message.alias.alias, message.alias.version))
     assert watched == [("main", "production", run.version)]
 
+    # A process that published and died before it could say so has published.
+    with trainer.database.connect() as connection:
+        connection.execute(
+            "UPDATE training_runs SET state = 'RUNNING', version = '', ended_at = NULL, "
+            "heartbeat_at = now() - interval '1 hour' WHERE run_id = %s",
+            (run.run_id,),
+        )
+    get = pb.GetTrainingRunRequest(run_id=run.run_id)
+    eventually(lambda: stub.GetTrainingRun(get).state == State.STATE_SUCCEEDED)
+    assert stub.GetTrainingRun(get).version == run.version
+
     # A damaged version is refused whatever is forced.
     weights = Registry(tmp_path / "registry").version_path("main", newest) / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -129,7 +141,7 @@ def republish(registry: Registry, bundle: Bundle, keys_dir: Path, verdict: str) 
     fields = {
         name: value
         for name, value in bundle.manifest.items()
-        if name not in ("signature", "files", "version", "created_at")
+        if name not in ("signature", "files", "version", "created_at", "run_id")
     }
     fields["gate"] = {"verdict": verdict, "reasons": ["beats_popularity: not good enough"], "checks": []}
     path = registry.version_path(bundle.model, bundle.version)

@@ -34,7 +34,7 @@ class HyperParameters:
     negatives: int = 1024
     learning_rate: float = 2e-3
     warmup_steps: int = 100
-    max_epochs: int = 60
+    max_epochs: int = 200
     patience: int = 4
     batch_tokens: int = 2048
     cooccurrence_window: int = 50

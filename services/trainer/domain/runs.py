@@ -41,7 +41,7 @@ class DataWindow:
     start_time: str | None = None
     end_time: str | None = None
     kinds: tuple[int, ...] = ()
-    min_user_events: int = 2
+    min_user_events: int = 1
     min_item_events: int = 1
     max_user_events: int = 200
 

@@ -93,7 +93,7 @@ class Histories:
 class Cleaning:
     """What takes part. See `DataWindow` in the proto."""
 
-    min_user_events: int = 2
+    min_user_events: int = 1
     min_item_events: int = 1
     max_user_events: int = 200
 

@@ -33,7 +33,7 @@ Int64 = npt.NDArray[np.int64]
 
 BLEND, TRANSFORMER, COOCCURRENCE = "blend", "transformer", "cooccurrence"
 POPULARITY, POPULARITY_DECAYED = "popularity", "popularity_decayed"
-LAMBDA_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0)
+LAMBDA_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
 HALF_LIFE_DAYS_GRID = (7.0, 30.0, 90.0, 365.0)
 
 # Scores held at once, in cells of four bytes: bounds memory whatever the catalogue's size.

@@ -23,6 +23,8 @@ Float32 = npt.NDArray[np.float32]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 _INITIAL_STDDEV = 0.02
+# A small shop's pass is a few steps: patience in passes alone would give up during the warm-up.
+_PATIENCE_STEPS = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +333,7 @@ def train(
     size = model.size
     generator = np.random.default_rng(model.seed + 1)
     started = time.monotonic()
-    best, best_epoch, best_weights = -1.0, 0, model.weights()
+    best, best_epoch, best_step, best_weights = -1.0, 0, 0, model.weights()
     reports: list[EpochReport] = []
 
     def out_of_time() -> bool:
@@ -345,11 +347,11 @@ def train(
         reports.append(EpochReport(epoch, step, loss, score, elapsed, step // epoch))
         on_epoch(reports[-1])
         if score > best:
-            best, best_epoch, best_weights = score, epoch, model.weights()
+            best, best_epoch, best_step, best_weights = score, epoch, step, model.weights()
         # The next pass would not end in time: what it costs is known from those before.
         if (
             should_stop()
-            or epoch - best_epoch >= size.patience
+            or (epoch - best_epoch >= size.patience and step - best_step >= _PATIENCE_STEPS)
             or elapsed * (epoch + 1) / epoch > size.max_train_seconds
         ):
             break

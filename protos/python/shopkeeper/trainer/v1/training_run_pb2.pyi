@@ -628,7 +628,7 @@ class DataWindow(_message.Message):
     MAX_USER_EVENTS_FIELD_NUMBER: _builtins.int
     min_user_events: _builtins.int
     """The fewest events with which a person takes part, at least 1. Defaults to
-    2 when 0.
+    1 when 0: one event teaches no order, but makes its item known and popular.
     """
     min_item_events: _builtins.int
     """The fewest events with which an item takes part, at least 1. Defaults to 1
