@@ -15,7 +15,7 @@ from services.profile.use_cases.subscriptions import Subscription
 from shared import grpc_status
 from shared.errors import InvalidInput
 from shared.tokens import Watermark
-from tests.profile.conftest import Log, Shop, eventually
+from tests.profile.conftest import Shop, eventually
 
 
 class Watcher:
@@ -261,10 +261,3 @@ def test_watermarks_are_held_back_until_older_names_have_been_offered() -> None:
     subscription.release()
     delivery = subscription.take(10, 1.0)
     assert (delivery.changed, delivery.watermark) == (["old"], Watermark(9, 9))
-
-
-def test_the_log_object_of_these_tests_makes_distinct_keys(log: Log) -> None:
-    log.record("ann")
-    log.record("ann")
-    row = log.connection.execute("SELECT count(*) FROM feedback.events_v1").fetchone()
-    assert row == (2,)
