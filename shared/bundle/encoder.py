@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 
 _STATEFUL = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE"}
 
@@ -15,8 +13,9 @@ _STATEFUL = {"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE", "CALL_ONCE"}
 class LiteRtEncoder:
     """An encoder that any number of threads may call.
 
-    An interpreter belongs to one thread at a time, so each thread gets its own; all share the one
-    buffer of the model.
+    An interpreter belongs to one thread at a time. Idle ones are kept on a stack: the one used last is the
+    one whose packed weights are still in the processor's cache, and there are only as many as calls were
+    ever under way at once. All share the one buffer of the model.
     """
 
     def __init__(self, flatbuffer: bytes, max_history: int, dimension: int) -> None:
@@ -39,8 +38,9 @@ class LiteRtEncoder:
         if stateful:
             raise ValueError(f"it keeps state between calls: {', '.join(stateful)}")
         self._flatbuffer = flatbuffer
-        self._local = threading.local()
-        self._inputs, self._output = _match_signature(self._new_interpreter(), max_history, dimension)
+        first = self._new_interpreter()
+        self._inputs, self._output = _match_signature(first, max_history, dimension)
+        self._idle: list[Any] = [first]
 
     def encode(
         self,
@@ -49,14 +49,17 @@ class LiteRtEncoder:
         mask_L: npt.NDArray[np.float32],
     ) -> npt.NDArray[np.float32]:
         """Returns the query vector of one history, (D,), float32; the arguments as `encoder_inputs` makes them."""
-        interpreter = getattr(self._local, "interpreter", None)
-        if interpreter is None:
-            interpreter = self._local.interpreter = self._new_interpreter()
+        try:
+            interpreter = self._idle.pop()
+        except IndexError:
+            interpreter = self._new_interpreter()
         interpreter.set_tensor(self._inputs["item_vectors"], item_vectors_LD[None])
         interpreter.set_tensor(self._inputs["event_kinds"], event_kinds_L[None])
         interpreter.set_tensor(self._inputs["mask"], mask_L[None])
         interpreter.invoke()
         query_1D: npt.NDArray[np.float32] = interpreter.get_tensor(self._output)
+        # One that failed above is not put back.
+        self._idle.append(interpreter)
         return query_1D[0]
 
     def _new_interpreter(self) -> Any:
