@@ -48,7 +48,7 @@ def hits_of_rank(rank_B: Int, length: int) -> Bool:
 
 def hr_at_k(hit_BL: Bool, k: int) -> Float:
     """Returns HR@k, (B,): 1 where a relevant item is among the first k, else 0."""
-    return hit_BL[:, :k].any(axis=1).astype(np.float64)
+    return np.asarray(hit_BL[:, :k].any(axis=1), np.float64)
 
 
 def recall_at_k(hit_BL: Bool, relevant_B: Int, k: int) -> Float:

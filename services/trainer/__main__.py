@@ -74,7 +74,7 @@ class Trainer:
 
     def _wait(self, seconds: float) -> None:
         if self._draining.wait(seconds):
-            raise Unavailable("SERVER_DRAINING", "The trainer is stopping; call again and resume.")
+            raise Unavailable("DRAINING", "The trainer is stopping; call again and resume.")
 
 
 def serve() -> None:

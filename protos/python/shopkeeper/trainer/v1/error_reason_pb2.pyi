@@ -88,6 +88,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Of a run: the trainer stopped while the run worked."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 26
     """Of a run: a fault of the trainer; the server's log has the details."""
+    ERROR_REASON_INVALID_TOKEN: _ErrorReason.ValueType  # 27
+    """A `page_token` is not one that this service issued."""
+    ERROR_REASON_DATABASE_UNAVAILABLE: _ErrorReason.ValueType  # 28
+    """The database cannot be reached now; retry. Metadata: `cause`."""
+    ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 29
+    """This replica is stopping; connect again."""
+    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 30
+    """The deadline passed before the answer was ready."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call, or a run, failed. `google.rpc.ErrorInfo.reason` is the value
@@ -160,4 +168,12 @@ ERROR_REASON_INTERRUPTED: ErrorReason.ValueType  # 25
 """Of a run: the trainer stopped while the run worked."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 26
 """Of a run: a fault of the trainer; the server's log has the details."""
+ERROR_REASON_INVALID_TOKEN: ErrorReason.ValueType  # 27
+"""A `page_token` is not one that this service issued."""
+ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 28
+"""The database cannot be reached now; retry. Metadata: `cause`."""
+ERROR_REASON_DRAINING: ErrorReason.ValueType  # 29
+"""This replica is stopping; connect again."""
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 30
+"""The deadline passed before the answer was ready."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
