@@ -78,8 +78,13 @@ def show_json(value: Any) -> None:
 
 
 def message_dict(message: Message) -> dict[str, Any]:
-    """Returns a message of the contract as plain values, with the names of the proto files."""
-    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+    """Returns a message of the contract as plain values, with the names of the proto files.
+
+    A field that is zero or empty is there all the same: a program need not know the defaults.
+    """
+    return json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -117,6 +122,8 @@ def fail(error: errors.ShopkeeperError, *, as_json: bool) -> NoReturn:
         )  # fmt: skip
         if isinstance(error, errors.InvalidInput):
             for violation in error.violations:
+                if violation.description in error.message:
+                    continue
                 say(f"  {violation.field}: {violation.description}")
     raise typer.Exit(exit_code_of(error))
 
