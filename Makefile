@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -39,6 +39,9 @@ unit: $(INSTALLED)  ## All tests but the ones that need the whole suite
 
 integration: $(INSTALLED)  ## The four processes together
 	pytest -q tests/integration
+
+bench-ingest: $(INSTALLED)  ## How fast events come in, beside a bare COPY
+	python -m tests.benchmarks.bench_ingest
 
 protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
