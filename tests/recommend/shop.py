@@ -6,10 +6,12 @@ streams and `GetProfile` of the contract, and can be told what happens.
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 from services.recommend.__main__ import RecommendService
 from services.recommend.settings import RecommendSettings
 from shared.bundle import Registry, write_bundle
+from shared.bundle.registry import write_atomically
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.channel import open_channel
 from shared.errors import ShopkeeperError
@@ -94,10 +97,11 @@ def publish(
 
 def point(registry: Path, version: str, alias: str = "production") -> None:
     """Points the alias at a version, as a promotion does, without asking whether the version is whole."""
-    (registry / "main" / "aliases").mkdir(parents=True, exist_ok=True)
-    Registry(registry)._write_alias(
-        "main", alias, Registry(registry).alias("main", alias), version, None, "PROMOTED", "", None
-    )
+    path = registry / "main" / "aliases" / f"{alias}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
+    change = {"version": version, "previous": None, "changed_at": now, "reason": "PROMOTED", "comment": ""}
+    write_atomically(path, json.dumps({**change, "history": [change]}).encode())
 
 
 class FakeProfile(
