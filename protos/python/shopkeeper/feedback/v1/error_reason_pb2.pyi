@@ -54,7 +54,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_OVERLAP_TOO_THIN: _ErrorReason.ValueType  # 9
     """`FAILED_PRECONDITION`: the propensities logged overlap too little with the
-    target policy to say anything. Metadata: `effectiveSampleSize`, `required`.
+    target policy to say anything. Remedy: a longer range, more exploration in the
+    serving configuration, or a target policy nearer to it. Metadata:
+    `effectiveSampleSize`, `requiredEffectiveSampleSize`, `supportedFraction`,
+    `requiredSupportedFraction`, `impressionCount`.
     """
     ERROR_REASON_NOT_BUILT_YET: _ErrorReason.ValueType  # 10
     """`UNIMPLEMENTED`: the contract holds this method, this version of the service
@@ -82,6 +85,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INVALID_ID: _ErrorReason.ValueType  # 17
     """`INVALID_ARGUMENT`: a `user_id` is empty, too long or holds control
     characters; `google.rpc.BadRequest` names it.
+    """
+    ERROR_REASON_PLACEMENT_TAKEN: _ErrorReason.ValueType  # 18
+    """`FAILED_PRECONDITION`: another experiment runs on this shelf. Remedy: stop it
+    first. Metadata: `placement`, `experimentId`.
+    """
+    ERROR_REASON_TOO_MANY_IMPRESSIONS: _ErrorReason.ValueType  # 19
+    """`FAILED_PRECONDITION`: the range holds more impressions than are weighed at
+    once. Remedy: narrow it. Metadata: `limit`.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -121,7 +132,10 @@ ERROR_REASON_EXPERIMENT_ALREADY_EXISTS: ErrorReason.ValueType  # 8
 """
 ERROR_REASON_OVERLAP_TOO_THIN: ErrorReason.ValueType  # 9
 """`FAILED_PRECONDITION`: the propensities logged overlap too little with the
-target policy to say anything. Metadata: `effectiveSampleSize`, `required`.
+target policy to say anything. Remedy: a longer range, more exploration in the
+serving configuration, or a target policy nearer to it. Metadata:
+`effectiveSampleSize`, `requiredEffectiveSampleSize`, `supportedFraction`,
+`requiredSupportedFraction`, `impressionCount`.
 """
 ERROR_REASON_NOT_BUILT_YET: ErrorReason.ValueType  # 10
 """`UNIMPLEMENTED`: the contract holds this method, this version of the service
@@ -149,5 +163,13 @@ ERROR_REASON_DATABASE_UNAVAILABLE: ErrorReason.ValueType  # 16
 ERROR_REASON_INVALID_ID: ErrorReason.ValueType  # 17
 """`INVALID_ARGUMENT`: a `user_id` is empty, too long or holds control
 characters; `google.rpc.BadRequest` names it.
+"""
+ERROR_REASON_PLACEMENT_TAKEN: ErrorReason.ValueType  # 18
+"""`FAILED_PRECONDITION`: another experiment runs on this shelf. Remedy: stop it
+first. Metadata: `placement`, `experimentId`.
+"""
+ERROR_REASON_TOO_MANY_IMPRESSIONS: ErrorReason.ValueType  # 19
+"""`FAILED_PRECONDITION`: the range holds more impressions than are weighed at
+once. Remedy: narrow it. Metadata: `limit`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shopkeeper.feedback.v1 import metrics_pb2 as shopkeeper_dot_feedback_dot_v1_dot_metrics__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'shopkeeper/feedback/v1/experiment.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$shopkeeper/feedback/v1/metrics.proto\"\xc2\x04\n\nExperiment\x12\x1b\n\rexperiment_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tplacement\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08variants\x18\x04 \x03(\x0b\x32\x1f.shopkeeper.feedback.v1.VariantB\x04\xe2\x41\x01\x02\x12\x1e\n\x10traffic_fraction\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12<\n\x0eprimary_metric\x18\x06 \x01(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x01\x12<\n\x0bguard_rails\x18\x07 \x03(\x0b\x32!.shopkeeper.feedback.v1.GuardRailB\x04\xe2\x41\x01\x01\x12\x12\n\x04salt\x18\x08 \x01(\tB\x04\xe2\x41\x01\x01\x12<\n\x05state\x18\t \x01(\x0e\x32\'.shopkeeper.feedback.v1.ExperimentStateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x33\n\tstop_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12;\n\nstop_cause\x18\x0c \x01(\x0e\x32!.shopkeeper.feedback.v1.StopCauseB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\r \x01(\tB\x04\xe2\x41\x01\x03\"W\n\x07Variant\x12\x18\n\nvariant_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x14\n\x06weight\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\x12\x1c\n\x0eserving_config\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\"_\n\tGuardRail\x12\x34\n\x06metric\x18\x01 \x01(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x02\x12\x1c\n\x0etolerated_loss\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\"\xf3\x02\n\x10\x45xperimentReport\x12<\n\nexperiment\x18\x01 \x01(\x0b\x32\".shopkeeper.feedback.v1.ExperimentB\x04\xe2\x41\x01\x03\x12=\n\x08variants\x18\x02 \x03(\x0b\x32%.shopkeeper.feedback.v1.VariantReportB\x04\xe2\x41\x01\x03\x12\"\n\x14sample_ratio_p_value\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12#\n\x15sample_ratio_mismatch\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12@\n\x07verdict\x18\x05 \x01(\x0e\x32).shopkeeper.feedback.v1.ExperimentVerdictB\x04\xe2\x41\x01\x03\x12 \n\x12winning_variant_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0breport_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"\x84\x02\n\rVariantReport\x12\x18\n\nvariant_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nuser_count\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x39\n\x07metrics\x18\x03 \x01(\x0b\x32\".shopkeeper.feedback.v1.MetricsRowB\x04\xe2\x41\x01\x03\x12\x42\n\x12primary_difference\x18\x04 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12@\n\x12\x62roken_guard_rails\x18\x05 \x03(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x03\"\xee\x02\n\x0bPolicyValue\x12\x42\n\x12inverse_propensity\x18\x01 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12?\n\x0fself_normalised\x18\x02 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12=\n\rdoubly_robust\x18\x03 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x36\n\x06logged\x18\x04 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12#\n\x15\x65\x66\x66\x65\x63tive_sample_size\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10impression_count\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63lipped_fraction\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03*o\n\x0f\x45xperimentState\x12 \n\x1c\x45XPERIMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45XPERIMENT_STATE_RUNNING\x10\x01\x12\x1c\n\x18\x45XPERIMENT_STATE_STOPPED\x10\x02*\x82\x01\n\tStopCause\x12\x1a\n\x16STOP_CAUSE_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_CAUSE_REQUESTED\x10\x01\x12\x19\n\x15STOP_CAUSE_GUARD_RAIL\x10\x02\x12$\n STOP_CAUSE_SAMPLE_RATIO_MISMATCH\x10\x03*\xb6\x01\n\x11\x45xperimentVerdict\x12\"\n\x1e\x45XPERIMENT_VERDICT_UNSPECIFIED\x10\x00\x12 \n\x1c\x45XPERIMENT_VERDICT_UNDECIDED\x10\x01\x12\x1d\n\x19\x45XPERIMENT_VERDICT_BETTER\x10\x02\x12\x1c\n\x18\x45XPERIMENT_VERDICT_WORSE\x10\x03\x12\x1e\n\x1a\x45XPERIMENT_VERDICT_INVALID\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'shopkeeper/feedback/v1/experiment.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$shopkeeper/feedback/v1/metrics.proto\"\x80\x05\n\nExperiment\x12\x1b\n\rexperiment_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1a\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tplacement\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08variants\x18\x04 \x03(\x0b\x32\x1f.shopkeeper.feedback.v1.VariantB\x04\xe2\x41\x01\x02\x12\x1e\n\x10traffic_fraction\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12<\n\x0eprimary_metric\x18\x06 \x01(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x01\x12<\n\x0bguard_rails\x18\x07 \x03(\x0b\x32!.shopkeeper.feedback.v1.GuardRailB\x04\xe2\x41\x01\x01\x12\x12\n\x04salt\x18\x08 \x01(\tB\x04\xe2\x41\x01\x01\x12<\n\x05state\x18\t \x01(\x0e\x32\'.shopkeeper.feedback.v1.ExperimentStateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x33\n\tstop_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12;\n\nstop_cause\x18\x0c \x01(\x0e\x32!.shopkeeper.feedback.v1.StopCauseB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0breport_only\x18\x0e \x01(\x08\x42\x04\xe2\x41\x01\x01\x12!\n\x13\x65xpected_user_count\x18\x0f \x01(\x03\x42\x04\xe2\x41\x01\x01\"W\n\x07Variant\x12\x18\n\nvariant_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x14\n\x06weight\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\x12\x1c\n\x0eserving_config\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\"_\n\tGuardRail\x12\x34\n\x06metric\x18\x01 \x01(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x02\x12\x1c\n\x0etolerated_loss\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\"\xdf\x03\n\x10\x45xperimentReport\x12<\n\nexperiment\x18\x01 \x01(\x0b\x32\".shopkeeper.feedback.v1.ExperimentB\x04\xe2\x41\x01\x03\x12=\n\x08variants\x18\x02 \x03(\x0b\x32%.shopkeeper.feedback.v1.VariantReportB\x04\xe2\x41\x01\x03\x12\"\n\x14sample_ratio_p_value\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12#\n\x15sample_ratio_mismatch\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12@\n\x07verdict\x18\x05 \x01(\x0e\x32).shopkeeper.feedback.v1.ExperimentVerdictB\x04\xe2\x41\x01\x03\x12 \n\x12winning_variant_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0breport_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12-\n\x1fsample_ratio_sequential_p_value\x18\x08 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63onfidence_level\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1b\n\rcurrency_code\x18\n \x01(\tB\x04\xe2\x41\x01\x03\"\x84\x02\n\rVariantReport\x12\x18\n\nvariant_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nuser_count\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x39\n\x07metrics\x18\x03 \x01(\x0b\x32\".shopkeeper.feedback.v1.MetricsRowB\x04\xe2\x41\x01\x03\x12\x42\n\x12primary_difference\x18\x04 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12@\n\x12\x62roken_guard_rails\x18\x05 \x03(\x0e\x32\x1e.shopkeeper.feedback.v1.MetricB\x04\xe2\x41\x01\x03\"\xad\x03\n\x0bPolicyValue\x12\x42\n\x12inverse_propensity\x18\x01 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12?\n\x0fself_normalised\x18\x02 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12=\n\rdoubly_robust\x18\x03 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x36\n\x06logged\x18\x04 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12#\n\x15\x65\x66\x66\x65\x63tive_sample_size\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10impression_count\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63lipped_fraction\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12 \n\x12supported_fraction\x18\x08 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1b\n\rcurrency_code\x18\t \x01(\tB\x04\xe2\x41\x01\x03*o\n\x0f\x45xperimentState\x12 \n\x1c\x45XPERIMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x45XPERIMENT_STATE_RUNNING\x10\x01\x12\x1c\n\x18\x45XPERIMENT_STATE_STOPPED\x10\x02*\x82\x01\n\tStopCause\x12\x1a\n\x16STOP_CAUSE_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_CAUSE_REQUESTED\x10\x01\x12\x19\n\x15STOP_CAUSE_GUARD_RAIL\x10\x02\x12$\n STOP_CAUSE_SAMPLE_RATIO_MISMATCH\x10\x03*\xb6\x01\n\x11\x45xperimentVerdict\x12\"\n\x1e\x45XPERIMENT_VERDICT_UNSPECIFIED\x10\x00\x12 \n\x1c\x45XPERIMENT_VERDICT_UNDECIDED\x10\x01\x12\x1d\n\x19\x45XPERIMENT_VERDICT_BETTER\x10\x02\x12\x1c\n\x18\x45XPERIMENT_VERDICT_WORSE\x10\x03\x12\x1e\n\x1a\x45XPERIMENT_VERDICT_INVALID\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,6 +60,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERIMENT'].fields_by_name['stop_cause']._serialized_options = b'\342A\001\003'
   _globals['_EXPERIMENT'].fields_by_name['etag']._loaded_options = None
   _globals['_EXPERIMENT'].fields_by_name['etag']._serialized_options = b'\342A\001\003'
+  _globals['_EXPERIMENT'].fields_by_name['report_only']._loaded_options = None
+  _globals['_EXPERIMENT'].fields_by_name['report_only']._serialized_options = b'\342A\001\001'
+  _globals['_EXPERIMENT'].fields_by_name['expected_user_count']._loaded_options = None
+  _globals['_EXPERIMENT'].fields_by_name['expected_user_count']._serialized_options = b'\342A\001\001'
   _globals['_VARIANT'].fields_by_name['variant_id']._loaded_options = None
   _globals['_VARIANT'].fields_by_name['variant_id']._serialized_options = b'\342A\001\002'
   _globals['_VARIANT'].fields_by_name['weight']._loaded_options = None
@@ -84,6 +88,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPERIMENTREPORT'].fields_by_name['winning_variant_id']._serialized_options = b'\342A\001\003'
   _globals['_EXPERIMENTREPORT'].fields_by_name['report_time']._loaded_options = None
   _globals['_EXPERIMENTREPORT'].fields_by_name['report_time']._serialized_options = b'\342A\001\003'
+  _globals['_EXPERIMENTREPORT'].fields_by_name['sample_ratio_sequential_p_value']._loaded_options = None
+  _globals['_EXPERIMENTREPORT'].fields_by_name['sample_ratio_sequential_p_value']._serialized_options = b'\342A\001\003'
+  _globals['_EXPERIMENTREPORT'].fields_by_name['confidence_level']._loaded_options = None
+  _globals['_EXPERIMENTREPORT'].fields_by_name['confidence_level']._serialized_options = b'\342A\001\003'
+  _globals['_EXPERIMENTREPORT'].fields_by_name['currency_code']._loaded_options = None
+  _globals['_EXPERIMENTREPORT'].fields_by_name['currency_code']._serialized_options = b'\342A\001\003'
   _globals['_VARIANTREPORT'].fields_by_name['variant_id']._loaded_options = None
   _globals['_VARIANTREPORT'].fields_by_name['variant_id']._serialized_options = b'\342A\001\003'
   _globals['_VARIANTREPORT'].fields_by_name['user_count']._loaded_options = None
@@ -108,22 +118,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYVALUE'].fields_by_name['impression_count']._serialized_options = b'\342A\001\003'
   _globals['_POLICYVALUE'].fields_by_name['clipped_fraction']._loaded_options = None
   _globals['_POLICYVALUE'].fields_by_name['clipped_fraction']._serialized_options = b'\342A\001\003'
-  _globals['_EXPERIMENTSTATE']._serialized_start=1944
-  _globals['_EXPERIMENTSTATE']._serialized_end=2055
-  _globals['_STOPCAUSE']._serialized_start=2058
-  _globals['_STOPCAUSE']._serialized_end=2188
-  _globals['_EXPERIMENTVERDICT']._serialized_start=2191
-  _globals['_EXPERIMENTVERDICT']._serialized_end=2373
+  _globals['_POLICYVALUE'].fields_by_name['supported_fraction']._loaded_options = None
+  _globals['_POLICYVALUE'].fields_by_name['supported_fraction']._serialized_options = b'\342A\001\003'
+  _globals['_POLICYVALUE'].fields_by_name['currency_code']._loaded_options = None
+  _globals['_POLICYVALUE'].fields_by_name['currency_code']._serialized_options = b'\342A\001\003'
+  _globals['_EXPERIMENTSTATE']._serialized_start=2177
+  _globals['_EXPERIMENTSTATE']._serialized_end=2288
+  _globals['_STOPCAUSE']._serialized_start=2291
+  _globals['_STOPCAUSE']._serialized_end=2421
+  _globals['_EXPERIMENTVERDICT']._serialized_start=2424
+  _globals['_EXPERIMENTVERDICT']._serialized_end=2606
   _globals['_EXPERIMENT']._serialized_start=172
-  _globals['_EXPERIMENT']._serialized_end=750
-  _globals['_VARIANT']._serialized_start=752
-  _globals['_VARIANT']._serialized_end=839
-  _globals['_GUARDRAIL']._serialized_start=841
-  _globals['_GUARDRAIL']._serialized_end=936
-  _globals['_EXPERIMENTREPORT']._serialized_start=939
-  _globals['_EXPERIMENTREPORT']._serialized_end=1310
-  _globals['_VARIANTREPORT']._serialized_start=1313
-  _globals['_VARIANTREPORT']._serialized_end=1573
-  _globals['_POLICYVALUE']._serialized_start=1576
-  _globals['_POLICYVALUE']._serialized_end=1942
+  _globals['_EXPERIMENT']._serialized_end=812
+  _globals['_VARIANT']._serialized_start=814
+  _globals['_VARIANT']._serialized_end=901
+  _globals['_GUARDRAIL']._serialized_start=903
+  _globals['_GUARDRAIL']._serialized_end=998
+  _globals['_EXPERIMENTREPORT']._serialized_start=1001
+  _globals['_EXPERIMENTREPORT']._serialized_end=1480
+  _globals['_VARIANTREPORT']._serialized_start=1483
+  _globals['_VARIANTREPORT']._serialized_end=1743
+  _globals['_POLICYVALUE']._serialized_start=1746
+  _globals['_POLICYVALUE']._serialized_end=2175
 # @@protoc_insertion_point(module_scope)

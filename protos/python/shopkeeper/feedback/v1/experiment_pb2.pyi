@@ -110,10 +110,19 @@ class Experiment(_message.Message):
     """A comparison of variants on live traffic.
 
     Whether a person takes part, and in which variant, follows from their user
-    key alone, so that every service computes it without a call: the first 8
-    bytes, big-endian, of SHA-256(`salt` + 0x00 + user key) over 2^64, is a point
-    in [0, 1); points below `traffic_fraction` take part, and the point over
-    `traffic_fraction` falls into the variants in order of their weights.
+    key alone, so that every service computes it without a call. Let
+    point(purpose) be BLAKE2b with an 8-byte digest, without key, of `purpose` +
+    0x00 + `salt` + 0x00 + user key (texts in UTF-8), read big-endian, shifted
+    right by 11 bits and divided by 2^53: a double in [0, 1). A person takes part
+    when point(`traffic`) < `traffic_fraction`, in the first variant at which the
+    running sum of the weights, in their order, exceeds point(`variant`) times
+    their total. The two points are independent, so that a larger
+    `traffic_fraction` under the same `salt` adds people and moves nobody.
+
+    Recommendations of an experiment carry `experiment_id/variant_id` as their
+    variant, which is how events find back to it. A shelf has one running
+    experiment at most. Rotating the user keys assigns everybody anew: end
+    experiments before.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -131,6 +140,8 @@ class Experiment(_message.Message):
     STOP_TIME_FIELD_NUMBER: _builtins.int
     STOP_CAUSE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    REPORT_ONLY_FIELD_NUMBER: _builtins.int
+    EXPECTED_USER_COUNT_FIELD_NUMBER: _builtins.int
     experiment_id: _builtins.str
     """The identity, 1 to 63 characters of `[a-z0-9_-]`, beginning with a letter."""
     display_name: _builtins.str
@@ -140,7 +151,9 @@ class Experiment(_message.Message):
     traffic_fraction: _builtins.float
     """The share of people who take part, in (0, 1]. Defaults to 1."""
     primary_metric: _metrics_pb2.Metric.ValueType
-    """The metric that decides. Defaults to the click-through rate."""
+    """The metric that decides. Defaults to the click-through rate. Any but the
+    coverage of the catalogue, which no person has.
+    """
     salt: _builtins.str
     """What the assignment is salted with, at most 64 characters. Defaults to the
     experiment's id.
@@ -151,13 +164,22 @@ class Experiment(_message.Message):
     """Why it was stopped."""
     etag: _builtins.str
     """The version of this record, for optimistic concurrency."""
+    report_only: _builtins.bool
+    """Whether a broken guard rail or a broken split is only reported. Otherwise
+    the service stops the experiment by itself, within a minute or so.
+    """
+    expected_user_count: _builtins.int
+    """The number of people after which the always-valid intervals are to be at
+    their narrowest, in [100, 1e9]. They are valid before and after it.
+    Defaults to 10,000 when 0.
+    """
     @_builtins.property
     def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Variant]:
         """What is compared, 2 to 10; the first is the control."""
 
     @_builtins.property
     def guard_rails(self) -> _containers.RepeatedCompositeFieldContainer[Global___GuardRail]:
-        """Metrics that must not get worse, at most 10."""
+        """Metrics that must not get worse, at most 10, each at most once."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -183,10 +205,12 @@ class Experiment(_message.Message):
         stop_time: _timestamp_pb2.Timestamp | None = ...,
         stop_cause: Global___StopCause.ValueType = ...,
         etag: _builtins.str = ...,
+        report_only: _builtins.bool = ...,
+        expected_user_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "stop_time", b"stop_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "experiment_id", b"experiment_id", "guard_rails", b"guard_rails", "placement", b"placement", "primary_metric", b"primary_metric", "salt", b"salt", "state", b"state", "stop_cause", b"stop_cause", "stop_time", b"stop_time", "traffic_fraction", b"traffic_fraction", "variants", b"variants"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expected_user_count", b"expected_user_count", "experiment_id", b"experiment_id", "guard_rails", b"guard_rails", "placement", b"placement", "primary_metric", b"primary_metric", "report_only", b"report_only", "salt", b"salt", "state", b"state", "stop_cause", b"stop_cause", "stop_time", b"stop_time", "traffic_fraction", b"traffic_fraction", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -233,8 +257,9 @@ class GuardRail(_message.Message):
     metric: _metrics_pb2.Metric.ValueType
     """The metric."""
     tolerated_loss: _builtins.float
-    """The relative loss against the control that is borne, in [0, 1]. The
-    experiment stops once the interval lies wholly beyond it.
+    """The relative loss against the control that is borne, in [0, 1]; of NPS,
+    whose control may be negative, the loss over 100 points. The guard rail is
+    broken once the always-valid interval lies wholly beyond it.
     """
     def __init__(
         self,
@@ -265,6 +290,9 @@ class ExperimentReport(_message.Message):
     VERDICT_FIELD_NUMBER: _builtins.int
     WINNING_VARIANT_ID_FIELD_NUMBER: _builtins.int
     REPORT_TIME_FIELD_NUMBER: _builtins.int
+    SAMPLE_RATIO_SEQUENTIAL_P_VALUE_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_LEVEL_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     sample_ratio_p_value: _builtins.float
     """The p-value of the chi-squared test that the people are split as the
     weights say, in [0, 1].
@@ -277,6 +305,18 @@ class ExperimentReport(_message.Message):
     """What the intervals allow to say."""
     winning_variant_id: _builtins.str
     """The variant that won. Empty while none has."""
+    sample_ratio_sequential_p_value: _builtins.float
+    """The p-value of the same question by a sequential test, which may be looked
+    at as often as one likes, in [0, 1]. Below 0.001 it stops the experiment.
+    """
+    confidence_level: _builtins.float
+    """The confidence level of all comparisons together, in (0, 1): it is shared
+    out among the variants, and among the guard rails.
+    """
+    currency_code: _builtins.str
+    """The currency in which the revenue per mille is compared: the one with most
+    orders. Empty when nothing was bought.
+    """
     @_builtins.property
     def experiment(self) -> Global___Experiment:
         """The experiment."""
@@ -299,10 +339,13 @@ class ExperimentReport(_message.Message):
         verdict: Global___ExperimentVerdict.ValueType = ...,
         winning_variant_id: _builtins.str = ...,
         report_time: _timestamp_pb2.Timestamp | None = ...,
+        sample_ratio_sequential_p_value: _builtins.float = ...,
+        confidence_level: _builtins.float = ...,
+        currency_code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["experiment", b"experiment", "report_time", b"report_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["experiment", b"experiment", "report_time", b"report_time", "sample_ratio_mismatch", b"sample_ratio_mismatch", "sample_ratio_p_value", b"sample_ratio_p_value", "variants", b"variants", "verdict", b"verdict", "winning_variant_id", b"winning_variant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_level", b"confidence_level", "currency_code", b"currency_code", "experiment", b"experiment", "report_time", b"report_time", "sample_ratio_mismatch", b"sample_ratio_mismatch", "sample_ratio_p_value", b"sample_ratio_p_value", "sample_ratio_sequential_p_value", b"sample_ratio_sequential_p_value", "variants", b"variants", "verdict", b"verdict", "winning_variant_id", b"winning_variant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,8 +372,9 @@ class VariantReport(_message.Message):
 
     @_builtins.property
     def primary_difference(self) -> _metrics_pb2.Estimate:
-        """The primary metric minus the control's, with an always-valid interval.
-        Absent for the control.
+        """The primary metric minus the control's, with an always-valid interval whose
+        unit is the person. Absent for the control, and before 100 people are in
+        either variant and 20 of both together earned something.
         """
 
     @_builtins.property
@@ -356,7 +400,10 @@ Global___VariantReport: _TypeAlias = VariantReport  # noqa: Y015
 
 @_typing.final
 class PolicyValue(_message.Message):
-    """What a policy would have earned."""
+    """What a policy would have earned for each impression: a rate, or the revenue
+    for a thousand impressions. Items are taken to earn by themselves and by their
+    position, not by their neighbours. Persons are the unit of all intervals.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -367,12 +414,24 @@ class PolicyValue(_message.Message):
     EFFECTIVE_SAMPLE_SIZE_FIELD_NUMBER: _builtins.int
     IMPRESSION_COUNT_FIELD_NUMBER: _builtins.int
     CLIPPED_FRACTION_FIELD_NUMBER: _builtins.int
+    SUPPORTED_FRACTION_FIELD_NUMBER: _builtins.int
+    CURRENCY_CODE_FIELD_NUMBER: _builtins.int
     effective_sample_size: _builtins.float
-    """The effective sample size of the weights: (sum w)^2 / sum w^2."""
+    """The effective sample size of the weights: (sum w)^2 / sum w^2, in
+    impressions.
+    """
     impression_count: _builtins.int
     """The number of impressions used."""
     clipped_fraction: _builtins.float
     """The share of the weights that were clipped, in [0, 1]."""
+    supported_fraction: _builtins.float
+    """The mean weight before clipping: the share of the target policy's choices
+    that the policy in service makes at all; 1 when it could make all of them.
+    """
+    currency_code: _builtins.str
+    """The currency of the reward. Empty unless the reward is the revenue per
+    mille and something was bought.
+    """
     @_builtins.property
     def inverse_propensity(self) -> _metrics_pb2.Estimate:
         """Inverse propensity scoring."""
@@ -399,10 +458,12 @@ class PolicyValue(_message.Message):
         effective_sample_size: _builtins.float = ...,
         impression_count: _builtins.int = ...,
         clipped_fraction: _builtins.float = ...,
+        supported_fraction: _builtins.float = ...,
+        currency_code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["doubly_robust", b"doubly_robust", "inverse_propensity", b"inverse_propensity", "logged", b"logged", "self_normalised", b"self_normalised"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped_fraction", b"clipped_fraction", "doubly_robust", b"doubly_robust", "effective_sample_size", b"effective_sample_size", "impression_count", b"impression_count", "inverse_propensity", b"inverse_propensity", "logged", b"logged", "self_normalised", b"self_normalised"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clipped_fraction", b"clipped_fraction", "currency_code", b"currency_code", "doubly_robust", b"doubly_robust", "effective_sample_size", b"effective_sample_size", "impression_count", b"impression_count", "inverse_propensity", b"inverse_propensity", "logged", b"logged", "self_normalised", b"self_normalised", "supported_fraction", b"supported_fraction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

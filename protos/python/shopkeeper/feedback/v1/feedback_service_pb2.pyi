@@ -573,9 +573,14 @@ class GetMetricsRequest(_message.Message):
     GROUP_BY_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     CONFIDENCE_LEVEL_FIELD_NUMBER: _builtins.int
+    CATALOGUE_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     confidence_level: _builtins.float
     """The confidence level of the intervals, in [0.5, 0.999]. Defaults to 0.95
     when 0.
+    """
+    catalogue_item_count: _builtins.int
+    """The number of items in the catalogue, of which the coverage is a share, at
+    least 0. Defaults, when 0, to the items that any event of the range names.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
@@ -603,10 +608,11 @@ class GetMetricsRequest(_message.Message):
         group_by: _abc.Iterable[_metrics_pb2.MetricDimension.ValueType] | None = ...,
         filter: Global___MetricsFilter | None = ...,
         confidence_level: _builtins.float = ...,
+        catalogue_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "filter", b"filter", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_level", b"confidence_level", "end_time", b"end_time", "filter", b"filter", "group_by", b"group_by", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_item_count", b"catalogue_item_count", "confidence_level", b"confidence_level", "end_time", b"end_time", "filter", b"filter", "group_by", b"group_by", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -623,9 +629,14 @@ class WatchMetricsRequest(_message.Message):
     GROUP_BY_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     CONFIDENCE_LEVEL_FIELD_NUMBER: _builtins.int
+    CATALOGUE_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     confidence_level: _builtins.float
     """The confidence level of the intervals, in [0.5, 0.999]. Defaults to 0.95
     when 0.
+    """
+    catalogue_item_count: _builtins.int
+    """The number of items in the catalogue, of which the coverage is a share, at
+    least 0. Defaults, when 0, to the items that any event of the range names.
     """
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
@@ -653,10 +664,11 @@ class WatchMetricsRequest(_message.Message):
         group_by: _abc.Iterable[_metrics_pb2.MetricDimension.ValueType] | None = ...,
         filter: Global___MetricsFilter | None = ...,
         confidence_level: _builtins.float = ...,
+        catalogue_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "interval", b"interval", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_level", b"confidence_level", "filter", b"filter", "group_by", b"group_by", "interval", b"interval", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_item_count", b"catalogue_item_count", "confidence_level", b"confidence_level", "filter", b"filter", "group_by", b"group_by", "interval", b"interval", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -865,7 +877,7 @@ class EstimatePolicyValueRequest(_message.Message):
 
     @_builtins.property
     def uniform(self) -> Global___UniformPolicy:
-        """Every item of the recommendation with the same probability."""
+        """Every item of the shelf with the same probability."""
 
     @_builtins.property
     def item_scores(self) -> Global___ItemScorePolicy:
@@ -900,7 +912,9 @@ Global___EstimatePolicyValueRequest: _TypeAlias = EstimatePolicyValueRequest  # 
 
 @_typing.final
 class UniformPolicy(_message.Message):
-    """A policy that shows each item of a recommendation with the same probability."""
+    """A policy that shows, at every position, each of the items that the shelf
+    showed in the range with the same probability.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -917,7 +931,9 @@ Global___UniformPolicy: _TypeAlias = UniformPolicy  # noqa: Y015
 
 @_typing.final
 class ItemScorePolicy(_message.Message):
-    """A policy that shows items with the softmax of their scores."""
+    """A policy that shows, at every position, the items that the shelf showed in the
+    range with the softmax of their scores.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -927,7 +943,7 @@ class ItemScorePolicy(_message.Message):
     """The temperature, above 0. Defaults to 1 when 0."""
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemScore]:
-        """The scores; items without one score 0. At most 100,000."""
+        """The scores; items without one score 0. 1 to 100,000, each item at most once."""
 
     def __init__(
         self,
@@ -971,14 +987,18 @@ Global___ItemScore: _TypeAlias = ItemScore  # noqa: Y015
 
 @_typing.final
 class TargetPropensities(_message.Message):
-    """The probability that a policy gives to each of some past impressions."""
+    """The probability that a policy gives to each of some past impressions: to the
+    item shown, at the position where it was shown, in that situation.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROPENSITIES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def propensities(self) -> _containers.RepeatedCompositeFieldContainer[Global___TargetPropensity]:
-        """The probabilities; impressions without one have 0. At most 100,000."""
+        """The probabilities; impressions without one have 0. 1 to 100,000, each
+        impression at most once.
+        """
 
     def __init__(
         self,

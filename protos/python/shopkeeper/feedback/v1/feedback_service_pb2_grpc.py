@@ -294,8 +294,10 @@ class FeedbackServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CreateExperiment(self, request, context):
-        """Creates and starts an experiment. Fails with `ALREADY_EXISTS`
-        (`EXPERIMENT_ALREADY_EXISTS`).
+        """Creates and starts an experiment. Creating the same one again returns it.
+        Fails with `ALREADY_EXISTS` (`EXPERIMENT_ALREADY_EXISTS`) when another one
+        has this id, and with `FAILED_PRECONDITION` (`PLACEMENT_TAKEN`) while another
+        one runs on the shelf.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -333,8 +335,8 @@ class FeedbackServiceServicer:
 
     def EstimatePolicyValue(self, request, context):
         """Estimates what another policy would have earned on past traffic, from the
-        propensities logged with the impressions. Fails with `FAILED_PRECONDITION`
-        (`OVERLAP_TOO_THIN`) rather than guess.
+        propensities logged with the impressions. Fails with `FAILED_PRECONDITION`:
+        `OVERLAP_TOO_THIN` rather than guess, and `TOO_MANY_IMPRESSIONS`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

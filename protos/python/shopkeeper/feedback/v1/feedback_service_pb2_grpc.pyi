@@ -100,8 +100,10 @@ class FeedbackServiceStub:
     WatchMetrics: _grpc.UnaryStreamMultiCallable[_feedback_service_pb2.WatchMetricsRequest, _metrics_pb2.Metrics]
     """Returns online metrics again and again, over a range that ends now."""
     CreateExperiment: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.CreateExperimentRequest, _experiment_pb2.Experiment]
-    """Creates and starts an experiment. Fails with `ALREADY_EXISTS`
-    (`EXPERIMENT_ALREADY_EXISTS`).
+    """Creates and starts an experiment. Creating the same one again returns it.
+    Fails with `ALREADY_EXISTS` (`EXPERIMENT_ALREADY_EXISTS`) when another one
+    has this id, and with `FAILED_PRECONDITION` (`PLACEMENT_TAKEN`) while another
+    one runs on the shelf.
     """
     GetExperiment: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetExperimentRequest, _experiment_pb2.Experiment]
     """Returns an experiment. Fails with `NOT_FOUND` (`EXPERIMENT_NOT_FOUND`)."""
@@ -117,8 +119,8 @@ class FeedbackServiceStub:
     """
     EstimatePolicyValue: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.EstimatePolicyValueRequest, _experiment_pb2.PolicyValue]
     """Estimates what another policy would have earned on past traffic, from the
-    propensities logged with the impressions. Fails with `FAILED_PRECONDITION`
-    (`OVERLAP_TOO_THIN`) rather than guess.
+    propensities logged with the impressions. Fails with `FAILED_PRECONDITION`:
+    `OVERLAP_TOO_THIN` rather than guess, and `TOO_MANY_IMPRESSIONS`.
     """
 
 @_typing.type_check_only
@@ -189,8 +191,10 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     WatchMetrics: _aio.UnaryStreamMultiCallable[_feedback_service_pb2.WatchMetricsRequest, _metrics_pb2.Metrics]  # type: ignore[assignment]
     """Returns online metrics again and again, over a range that ends now."""
     CreateExperiment: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.CreateExperimentRequest, _experiment_pb2.Experiment]  # type: ignore[assignment]
-    """Creates and starts an experiment. Fails with `ALREADY_EXISTS`
-    (`EXPERIMENT_ALREADY_EXISTS`).
+    """Creates and starts an experiment. Creating the same one again returns it.
+    Fails with `ALREADY_EXISTS` (`EXPERIMENT_ALREADY_EXISTS`) when another one
+    has this id, and with `FAILED_PRECONDITION` (`PLACEMENT_TAKEN`) while another
+    one runs on the shelf.
     """
     GetExperiment: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetExperimentRequest, _experiment_pb2.Experiment]  # type: ignore[assignment]
     """Returns an experiment. Fails with `NOT_FOUND` (`EXPERIMENT_NOT_FOUND`)."""
@@ -206,8 +210,8 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """
     EstimatePolicyValue: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.EstimatePolicyValueRequest, _experiment_pb2.PolicyValue]  # type: ignore[assignment]
     """Estimates what another policy would have earned on past traffic, from the
-    propensities logged with the impressions. Fails with `FAILED_PRECONDITION`
-    (`OVERLAP_TOO_THIN`) rather than guess.
+    propensities logged with the impressions. Fails with `FAILED_PRECONDITION`:
+    `OVERLAP_TOO_THIN` rather than guess, and `TOO_MANY_IMPRESSIONS`.
     """
 
 class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -377,8 +381,10 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_service_pb2.CreateExperimentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_experiment_pb2.Experiment, _abc.Awaitable[_experiment_pb2.Experiment]]:
-        """Creates and starts an experiment. Fails with `ALREADY_EXISTS`
-        (`EXPERIMENT_ALREADY_EXISTS`).
+        """Creates and starts an experiment. Creating the same one again returns it.
+        Fails with `ALREADY_EXISTS` (`EXPERIMENT_ALREADY_EXISTS`) when another one
+        has this id, and with `FAILED_PRECONDITION` (`PLACEMENT_TAKEN`) while another
+        one runs on the shelf.
         """
 
     @_abc_1.abstractmethod
@@ -424,8 +430,8 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_experiment_pb2.PolicyValue, _abc.Awaitable[_experiment_pb2.PolicyValue]]:
         """Estimates what another policy would have earned on past traffic, from the
-        propensities logged with the impressions. Fails with `FAILED_PRECONDITION`
-        (`OVERLAP_TOO_THIN`) rather than guess.
+        propensities logged with the impressions. Fails with `FAILED_PRECONDITION`:
+        `OVERLAP_TOO_THIN` rather than guess, and `TOO_MANY_IMPRESSIONS`.
         """
 
 def add_FeedbackServiceServicer_to_server(servicer: FeedbackServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

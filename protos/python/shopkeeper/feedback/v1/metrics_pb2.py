@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shopkeeper/feedback/v1/metrics.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"I\n\x08\x45stimate\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05lower\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05upper\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\"\xa8\x06\n\nMetricsRow\x12\x17\n\tplacement\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eserving_config\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rmodel_version\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07variant\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14recommendation_count\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10impression_count\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x63lick_count\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11\x61\x64\x64_to_cart_count\x18\x08 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0epurchase_count\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x42\n\x12\x63lick_through_rate\x18\n \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12@\n\x10\x61\x64\x64_to_cart_rate\x18\x0b \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12?\n\x0f\x63onversion_rate\x18\x0c \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x37\n\x08revenues\x18\r \x03(\x0b\x32\x1f.shopkeeper.feedback.v1.RevenueB\x04\xe2\x41\x01\x03\x12@\n\x10retention_7_days\x18\x0e \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x41\n\x11retention_28_days\x18\x0f \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x34\n\x04\x63sat\x18\x10 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x33\n\x03nps\x18\x11 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12!\n\x13\x64istinct_item_count\x18\x12 \x01(\x03\x42\x04\xe2\x41\x01\x03\"\x87\x01\n\x07Revenue\x12\x1b\n\rcurrency_code\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0erevenue_micros\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x41\n\x11revenue_per_mille\x18\x03 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\"\xcb\x01\n\x07Metrics\x12\x34\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x36\n\x04rows\x18\x03 \x03(\x0b\x32\".shopkeeper.feedback.v1.MetricsRowB\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63onfidence_level\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03*\xba\x01\n\x0fMetricDimension\x12 \n\x1cMETRIC_DIMENSION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMETRIC_DIMENSION_PLACEMENT\x10\x01\x12#\n\x1fMETRIC_DIMENSION_SERVING_CONFIG\x10\x02\x12\"\n\x1eMETRIC_DIMENSION_MODEL_VERSION\x10\x03\x12\x1c\n\x18METRIC_DIMENSION_VARIANT\x10\x04*\x91\x02\n\x06Metric\x12\x16\n\x12METRIC_UNSPECIFIED\x10\x00\x12\x1d\n\x19METRIC_CLICK_THROUGH_RATE\x10\x01\x12\x1b\n\x17METRIC_ADD_TO_CART_RATE\x10\x02\x12\x1a\n\x16METRIC_CONVERSION_RATE\x10\x03\x12\x1c\n\x18METRIC_REVENUE_PER_MILLE\x10\x04\x12\x1b\n\x17METRIC_RETENTION_7_DAYS\x10\x05\x12\x1c\n\x18METRIC_RETENTION_28_DAYS\x10\x06\x12\x0f\n\x0bMETRIC_CSAT\x10\x07\x12\x0e\n\nMETRIC_NPS\x10\x08\x12\x1d\n\x19METRIC_CATALOGUE_COVERAGE\x10\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shopkeeper/feedback/v1/metrics.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"I\n\x08\x45stimate\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05lower\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05upper\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\"\xfa\x07\n\nMetricsRow\x12\x17\n\tplacement\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eserving_config\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rmodel_version\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07variant\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\"\n\x14recommendation_count\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1e\n\x10impression_count\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x63lick_count\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x11\x61\x64\x64_to_cart_count\x18\x08 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0epurchase_count\x18\t \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x42\n\x12\x63lick_through_rate\x18\n \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12@\n\x10\x61\x64\x64_to_cart_rate\x18\x0b \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12?\n\x0f\x63onversion_rate\x18\x0c \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x37\n\x08revenues\x18\r \x03(\x0b\x32\x1f.shopkeeper.feedback.v1.RevenueB\x04\xe2\x41\x01\x03\x12@\n\x10retention_7_days\x18\x0e \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x41\n\x11retention_28_days\x18\x0f \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x34\n\x04\x63sat\x18\x10 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12\x33\n\x03nps\x18\x11 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\x12!\n\x13\x64istinct_item_count\x18\x12 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12%\n\x12\x63\x61talogue_coverage\x18\x13 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12)\n\x1bretention_7_days_user_count\x18\x14 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12*\n\x1cretention_28_days_user_count\x18\x15 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1d\n\x0f\x63sat_user_count\x18\x16 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0enps_user_count\x18\x17 \x01(\x03\x42\x04\xe2\x41\x01\x03\x42\x15\n\x13_catalogue_coverage\"\x87\x01\n\x07Revenue\x12\x1b\n\rcurrency_code\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0erevenue_micros\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x41\n\x11revenue_per_mille\x18\x03 \x01(\x0b\x32 .shopkeeper.feedback.v1.EstimateB\x04\xe2\x41\x01\x03\"\xef\x01\n\x07Metrics\x12\x34\n\nstart_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x36\n\x04rows\x18\x03 \x03(\x0b\x32\".shopkeeper.feedback.v1.MetricsRowB\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63onfidence_level\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\"\n\x14\x63\x61talogue_item_count\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03*\xba\x01\n\x0fMetricDimension\x12 \n\x1cMETRIC_DIMENSION_UNSPECIFIED\x10\x00\x12\x1e\n\x1aMETRIC_DIMENSION_PLACEMENT\x10\x01\x12#\n\x1fMETRIC_DIMENSION_SERVING_CONFIG\x10\x02\x12\"\n\x1eMETRIC_DIMENSION_MODEL_VERSION\x10\x03\x12\x1c\n\x18METRIC_DIMENSION_VARIANT\x10\x04*\x91\x02\n\x06Metric\x12\x16\n\x12METRIC_UNSPECIFIED\x10\x00\x12\x1d\n\x19METRIC_CLICK_THROUGH_RATE\x10\x01\x12\x1b\n\x17METRIC_ADD_TO_CART_RATE\x10\x02\x12\x1a\n\x16METRIC_CONVERSION_RATE\x10\x03\x12\x1c\n\x18METRIC_REVENUE_PER_MILLE\x10\x04\x12\x1b\n\x17METRIC_RETENTION_7_DAYS\x10\x05\x12\x1c\n\x18METRIC_RETENTION_28_DAYS\x10\x06\x12\x0f\n\x0bMETRIC_CSAT\x10\x07\x12\x0e\n\nMETRIC_NPS\x10\x08\x12\x1d\n\x19METRIC_CATALOGUE_COVERAGE\x10\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -75,6 +75,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METRICSROW'].fields_by_name['nps']._serialized_options = b'\342A\001\003'
   _globals['_METRICSROW'].fields_by_name['distinct_item_count']._loaded_options = None
   _globals['_METRICSROW'].fields_by_name['distinct_item_count']._serialized_options = b'\342A\001\003'
+  _globals['_METRICSROW'].fields_by_name['catalogue_coverage']._loaded_options = None
+  _globals['_METRICSROW'].fields_by_name['catalogue_coverage']._serialized_options = b'\342A\001\003'
+  _globals['_METRICSROW'].fields_by_name['retention_7_days_user_count']._loaded_options = None
+  _globals['_METRICSROW'].fields_by_name['retention_7_days_user_count']._serialized_options = b'\342A\001\003'
+  _globals['_METRICSROW'].fields_by_name['retention_28_days_user_count']._loaded_options = None
+  _globals['_METRICSROW'].fields_by_name['retention_28_days_user_count']._serialized_options = b'\342A\001\003'
+  _globals['_METRICSROW'].fields_by_name['csat_user_count']._loaded_options = None
+  _globals['_METRICSROW'].fields_by_name['csat_user_count']._serialized_options = b'\342A\001\003'
+  _globals['_METRICSROW'].fields_by_name['nps_user_count']._loaded_options = None
+  _globals['_METRICSROW'].fields_by_name['nps_user_count']._serialized_options = b'\342A\001\003'
   _globals['_REVENUE'].fields_by_name['currency_code']._loaded_options = None
   _globals['_REVENUE'].fields_by_name['currency_code']._serialized_options = b'\342A\001\003'
   _globals['_REVENUE'].fields_by_name['revenue_micros']._loaded_options = None
@@ -89,16 +99,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_METRICS'].fields_by_name['rows']._serialized_options = b'\342A\001\003'
   _globals['_METRICS'].fields_by_name['confidence_level']._loaded_options = None
   _globals['_METRICS'].fields_by_name['confidence_level']._serialized_options = b'\342A\001\003'
-  _globals['_METRICDIMENSION']._serialized_start=1361
-  _globals['_METRICDIMENSION']._serialized_end=1547
-  _globals['_METRIC']._serialized_start=1550
-  _globals['_METRIC']._serialized_end=1823
+  _globals['_METRICS'].fields_by_name['catalogue_item_count']._loaded_options = None
+  _globals['_METRICS'].fields_by_name['catalogue_item_count']._serialized_options = b'\342A\001\003'
+  _globals['_METRICDIMENSION']._serialized_start=1607
+  _globals['_METRICDIMENSION']._serialized_end=1793
+  _globals['_METRIC']._serialized_start=1796
+  _globals['_METRIC']._serialized_end=2069
   _globals['_ESTIMATE']._serialized_start=130
   _globals['_ESTIMATE']._serialized_end=203
   _globals['_METRICSROW']._serialized_start=206
-  _globals['_METRICSROW']._serialized_end=1014
-  _globals['_REVENUE']._serialized_start=1017
-  _globals['_REVENUE']._serialized_end=1152
-  _globals['_METRICS']._serialized_start=1155
-  _globals['_METRICS']._serialized_end=1358
+  _globals['_METRICSROW']._serialized_end=1224
+  _globals['_REVENUE']._serialized_start=1227
+  _globals['_REVENUE']._serialized_end=1362
+  _globals['_METRICS']._serialized_start=1365
+  _globals['_METRICS']._serialized_end=1604
 # @@protoc_insertion_point(module_scope)

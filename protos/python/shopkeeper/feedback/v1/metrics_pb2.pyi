@@ -161,6 +161,11 @@ class MetricsRow(_message.Message):
     CSAT_FIELD_NUMBER: _builtins.int
     NPS_FIELD_NUMBER: _builtins.int
     DISTINCT_ITEM_COUNT_FIELD_NUMBER: _builtins.int
+    CATALOGUE_COVERAGE_FIELD_NUMBER: _builtins.int
+    RETENTION_7_DAYS_USER_COUNT_FIELD_NUMBER: _builtins.int
+    RETENTION_28_DAYS_USER_COUNT_FIELD_NUMBER: _builtins.int
+    CSAT_USER_COUNT_FIELD_NUMBER: _builtins.int
+    NPS_USER_COUNT_FIELD_NUMBER: _builtins.int
     placement: _builtins.str
     """The shelf; empty when not grouped by it."""
     serving_config: _builtins.str
@@ -181,6 +186,18 @@ class MetricsRow(_message.Message):
     """The number bought, each (recommendation, item) once."""
     distinct_item_count: _builtins.int
     """The number of distinct items shown."""
+    catalogue_coverage: _builtins.float
+    """The share of the known items that was shown, in [0, 1]. Absent when no item
+    is known.
+    """
+    retention_7_days_user_count: _builtins.int
+    """The number of people of whose first 7 days all is known."""
+    retention_28_days_user_count: _builtins.int
+    """The number of people of whose first 28 days all is known."""
+    csat_user_count: _builtins.int
+    """The number of people who said how satisfied they are."""
+    nps_user_count: _builtins.int
+    """The number of people who said whether they would recommend the shop."""
     @_builtins.property
     def click_through_rate(self) -> Global___Estimate:
         """Clicks over impressions, in [0, 1], with a Wilson interval. Absent without
@@ -205,22 +222,28 @@ class MetricsRow(_message.Message):
 
     @_builtins.property
     def retention_7_days(self) -> Global___Estimate:
-        """The share of people seen in the range who came back on a later day, within
-        7 days. Absent when not measured.
+        """The share of people seen in the range who came back, with a Wilson interval:
+        who did anything at least 24 hours, and less than 7 days, after they first
+        were recommended something. People whose 7 days are not over yet do not
+        count at all. Absent without people.
         """
 
     @_builtins.property
     def retention_28_days(self) -> Global___Estimate:
-        """The same within 28 days. Absent when not measured."""
+        """The same within 28 days. Absent without people."""
 
     @_builtins.property
     def csat(self) -> Global___Estimate:
-        """The mean satisfaction, in [1, 5]. Absent when not measured."""
+        """The mean satisfaction, in [1, 5], with a normal interval. A survey is
+        credited to the recommendation of its token, or else to the last one that
+        the person reacted to or was shown in the 7 days before it; the last answer
+        of each person counts. Absent without answers.
+        """
 
     @_builtins.property
     def nps(self) -> Global___Estimate:
-        """Promoters (9, 10) minus detractors (0 to 6), in [-100, 100]. Absent when
-        not measured.
+        """Promoters (9, 10) minus detractors (0 to 6), in [-100, 100], with an
+        adjusted Wald interval. Credited as the CSAT is. Absent without answers.
         """
 
     def __init__(
@@ -244,12 +267,19 @@ class MetricsRow(_message.Message):
         csat: Global___Estimate | None = ...,
         nps: Global___Estimate | None = ...,
         distinct_item_count: _builtins.int = ...,
+        catalogue_coverage: _builtins.float | None = ...,
+        retention_7_days_user_count: _builtins.int = ...,
+        retention_28_days_user_count: _builtins.int = ...,
+        csat_user_count: _builtins.int = ...,
+        nps_user_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["add_to_cart_rate", b"add_to_cart_rate", "click_through_rate", b"click_through_rate", "conversion_rate", b"conversion_rate", "csat", b"csat", "nps", b"nps", "retention_28_days", b"retention_28_days", "retention_7_days", b"retention_7_days"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_catalogue_coverage", b"_catalogue_coverage", "add_to_cart_rate", b"add_to_cart_rate", "catalogue_coverage", b"catalogue_coverage", "click_through_rate", b"click_through_rate", "conversion_rate", b"conversion_rate", "csat", b"csat", "nps", b"nps", "retention_28_days", b"retention_28_days", "retention_7_days", b"retention_7_days"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_to_cart_count", b"add_to_cart_count", "add_to_cart_rate", b"add_to_cart_rate", "click_count", b"click_count", "click_through_rate", b"click_through_rate", "conversion_rate", b"conversion_rate", "csat", b"csat", "distinct_item_count", b"distinct_item_count", "impression_count", b"impression_count", "model_version", b"model_version", "nps", b"nps", "placement", b"placement", "purchase_count", b"purchase_count", "recommendation_count", b"recommendation_count", "retention_28_days", b"retention_28_days", "retention_7_days", b"retention_7_days", "revenues", b"revenues", "serving_config", b"serving_config", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_catalogue_coverage", b"_catalogue_coverage", "add_to_cart_count", b"add_to_cart_count", "add_to_cart_rate", b"add_to_cart_rate", "catalogue_coverage", b"catalogue_coverage", "click_count", b"click_count", "click_through_rate", b"click_through_rate", "conversion_rate", b"conversion_rate", "csat", b"csat", "csat_user_count", b"csat_user_count", "distinct_item_count", b"distinct_item_count", "impression_count", b"impression_count", "model_version", b"model_version", "nps", b"nps", "nps_user_count", b"nps_user_count", "placement", b"placement", "purchase_count", b"purchase_count", "recommendation_count", b"recommendation_count", "retention_28_days", b"retention_28_days", "retention_28_days_user_count", b"retention_28_days_user_count", "retention_7_days", b"retention_7_days", "retention_7_days_user_count", b"retention_7_days_user_count", "revenues", b"revenues", "serving_config", b"serving_config", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__catalogue_coverage: _TypeAlias = _typing.Literal["catalogue_coverage"]  # noqa: Y015
+    _WhichOneofArgType__catalogue_coverage: _TypeAlias = _typing.Literal["_catalogue_coverage", b"_catalogue_coverage"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__catalogue_coverage) -> _WhichOneofReturnType__catalogue_coverage | None: ...
 
 Global___MetricsRow: _TypeAlias = MetricsRow  # noqa: Y015
 
@@ -297,8 +327,11 @@ class Metrics(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_LEVEL_FIELD_NUMBER: _builtins.int
+    CATALOGUE_ITEM_COUNT_FIELD_NUMBER: _builtins.int
     confidence_level: _builtins.float
     """The confidence level of all intervals, in (0, 1)."""
+    catalogue_item_count: _builtins.int
+    """The number of known items, of which the coverage is a share."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """The beginning of the range, inclusive."""
@@ -318,10 +351,11 @@ class Metrics(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         rows: _abc.Iterable[Global___MetricsRow] | None = ...,
         confidence_level: _builtins.float = ...,
+        catalogue_item_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["confidence_level", b"confidence_level", "end_time", b"end_time", "rows", b"rows", "start_time", b"start_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalogue_item_count", b"catalogue_item_count", "confidence_level", b"confidence_level", "end_time", b"end_time", "rows", b"rows", "start_time", b"start_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
