@@ -16,6 +16,7 @@ PURE_ROLES = {"domain", "use_cases", "ports"}
 PURE_SHARED = {
     "shared.errors",
     "shared.event_kinds",
+    "shared.experiments",
     "shared.identity",
     "shared.ranking_metrics",
     "shared.tokens",

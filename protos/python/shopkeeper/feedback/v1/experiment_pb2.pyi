@@ -116,7 +116,7 @@ class Experiment(_message.Message):
     right by 11 bits and divided by 2^53: a double in [0, 1). A person takes part
     when point(`traffic`) < `traffic_fraction`, in the first variant at which the
     running sum of the weights, in their order, exceeds point(`variant`) times
-    their total. The two points are independent, so that a larger
+    their total, or else in the last. The two points are independent, so that a larger
     `traffic_fraction` under the same `salt` adds people and moves nobody.
 
     Recommendations of an experiment carry `experiment_id/variant_id` as their
