@@ -25,6 +25,8 @@ _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 _INITIAL_STDDEV = 0.02
 # A small shop's pass is a few steps: patience in passes alone would give up during the warm-up.
 _PATIENCE_STEPS = 250
+# Less than this is noise, and no reason to go on.
+_PROGRESS = 1.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +335,8 @@ def train(
     size = model.size
     generator = np.random.default_rng(model.seed + 1)
     started = time.monotonic()
-    best, best_epoch, best_step, best_weights = -1.0, 0, 0, model.weights()
+    best, best_epoch, best_weights = -1.0, 0, model.weights()
+    hoped, hoped_epoch, hoped_step = -1.0, 0, 0
     reports: list[EpochReport] = []
 
     def out_of_time() -> bool:
@@ -347,11 +350,13 @@ def train(
         reports.append(EpochReport(epoch, step, loss, score, elapsed, step // epoch))
         on_epoch(reports[-1])
         if score > best:
-            best, best_epoch, best_step, best_weights = score, epoch, step, model.weights()
+            best, best_epoch, best_weights = score, epoch, model.weights()
+        if score > hoped * _PROGRESS:
+            hoped, hoped_epoch, hoped_step = score, epoch, step
         # The next pass would not end in time: what it costs is known from those before.
         if (
             should_stop()
-            or (epoch - best_epoch >= size.patience and step - best_step >= _PATIENCE_STEPS)
+            or (epoch - hoped_epoch >= size.patience and step - hoped_step >= _PATIENCE_STEPS)
             or elapsed * (epoch + 1) / epoch > size.max_train_seconds
         ):
             break
