@@ -105,13 +105,15 @@ def test_an_item_bores_who_has_seen_it(world: World) -> None:
     assert after.mean() < before.mean()
 
 
-def test_higher_positions_get_more_clicks(world: World) -> None:
-    rows = visits(world)
-    order = best_first(world, rows)[:, :10]
-    # The same items at every position: a column of the page says nothing about its items.
-    shuffled = np.random.default_rng(0).permuted(order, axis=1)
-    positions = clicks(world, rows, shuffled)
-    assert (positions[positions >= 0] < 5).mean() > 0.6
+def test_the_same_item_gets_fewer_clicks_the_lower_it_stands() -> None:
+    rates = []
+    for position in (0, 3, 9):
+        fresh = make_history(SCALE)[0]
+        rows = visits(fresh)
+        page = np.full((rows.size, 10), NO_ITEM)
+        page[:, position] = best_first(fresh, rows)[:, 0]
+        rates.append((clicks(fresh, rows, page) == position).mean())
+    assert rates[0] > rates[1] > rates[2] > 0
 
 
 def test_an_oracle_beats_best_sellers_and_those_beat_chance(
