@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from services.feedback.domain.consent import Consent, Erasure, ModelVersion
 from services.feedback.domain.events import Appended, EventColumns
-from services.feedback.domain.metrics import Counts, MetricsQuery
+from services.feedback.domain.metrics import Measurement, MetricsQuery
 
 
 class EventLog(Protocol):
@@ -60,7 +60,7 @@ class PersonStore(Protocol):
 class MetricsStore(Protocol):
     """Counts over attributed events."""
 
-    def count(self, query: MetricsQuery) -> list[Counts]:
+    def measure(self, query: MetricsQuery) -> Measurement:
         """Returns one entry for each group that has events, most impressions first."""
         ...
 

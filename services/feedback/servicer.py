@@ -222,10 +222,10 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> Iterator[metrics_pb2.Metrics]:
         """Returns online metrics again and again."""
         window, interval_seconds, query_of = from_watch_metrics(request)
-        for query, groups in self._use_cases.metrics.watch(
+        for query, measured in self._use_cases.metrics.watch(
             window, interval_seconds, query_of, self._draining, context.is_active
         ):
-            yield to_metrics(query, groups)
+            yield to_metrics(query, measured)
 
     # The contract holds these; this version does not.
 

@@ -16,7 +16,7 @@ from typing import Any
 from services.feedback.domain.bots import RateBotDetector
 from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
 from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, settled
-from services.feedback.domain.metrics import Counts, MetricsQuery
+from services.feedback.domain.metrics import Measurement, MetricsQuery
 from services.feedback.ports import (
     Clock,
     ConsentStore,
@@ -164,9 +164,9 @@ class MeasureMetrics:
         self._store = store
         self._clock = clock
 
-    def measure(self, query: MetricsQuery) -> list[Counts]:
+    def measure(self, query: MetricsQuery) -> Measurement:
         """Returns the counts by group."""
-        return self._store.count(query)
+        return self._store.measure(query)
 
     def watch(
         self,
@@ -175,12 +175,12 @@ class MeasureMetrics:
         query_of: Callable[[Any, Any], MetricsQuery],
         stopped: threading.Event,
         is_active: Callable[[], bool],
-    ) -> Iterator[tuple[MetricsQuery, list[Counts]]]:
+    ) -> Iterator[tuple[MetricsQuery, Measurement]]:
         """Yields the counts of the last `window` every `interval_seconds`, until nobody listens."""
         while is_active() and not stopped.is_set():
             end = self._clock.now()
             query = query_of(end - window, end)
-            yield query, self._store.count(query)
+            yield query, self._store.measure(query)
             wake_at = time.monotonic() + interval_seconds
             # A short wait at a time: a caller that left must not hold its thread for an hour.
             while is_active() and not stopped.is_set() and (left := wake_at - time.monotonic()) > 0:

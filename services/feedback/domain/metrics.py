@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import Enum
 from statistics import NormalDist
+
+RETENTION_FROM = timedelta(hours=24)
+"""Who comes back sooner has not yet come back: midnight is no night's sleep."""
+RETENTION_WINDOWS = (timedelta(days=7), timedelta(days=28))
+SURVEY_CREDIT_WINDOW = timedelta(days=7)
+"""A survey without a token is credited to the person's last recommendation, unless that is older."""
+# What Rocks' adjustment adds: three answers in all, twice as many in the middle as at either end.
+_NPS_PSEUDO_END = 0.75
+_NPS_PSEUDO_TOTAL = 3.0
 
 
 class Dimension(Enum):
@@ -27,6 +36,9 @@ class MetricsQuery:
         group_by: dimensions to split by, without repetition.
         equal: dimensions that must have a value.
         confidence_level: of the intervals, in (0, 1).
+        variants: labels of which one must fit; empty: any.
+        observed_until: the moment up to which people's return is known; the end of the range unless given.
+        catalogue_items: how many items the catalogue has; 0: as many as events of the range name.
     """
 
     start: datetime
@@ -34,6 +46,9 @@ class MetricsQuery:
     group_by: Sequence[Dimension] = ()
     equal: Sequence[tuple[Dimension, str]] = ()
     confidence_level: float = 0.95
+    variants: Sequence[str] = ()
+    observed_until: datetime | None = None
+    catalogue_items: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +76,36 @@ class RevenueSums:
 
 
 @dataclass(frozen=True, slots=True)
+class ReturnCounts:
+    """Who came back within one of RETENTION_WINDOWS.
+
+    Attributes:
+        people: those whose whole window has been observed.
+        returned: those of them who did anything from RETENTION_FROM on, before the window's end.
+    """
+
+    people: int = 0
+    returned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SurveySums:
+    """The last answer of each person.
+
+    Attributes:
+        csat_people, csat_total, csat_squares: answers in [1, 5], their sum and the sum of their squares.
+        nps_people, promoters, detractors: answers in [0, 10], those of 9 and more, those of 6 and less.
+    """
+
+    csat_people: int = 0
+    csat_total: float = 0.0
+    csat_squares: float = 0.0
+    nps_people: int = 0
+    promoters: int = 0
+    detractors: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """What was counted in one group; pairs are distinct (recommendation, item)."""
 
@@ -72,6 +117,21 @@ class Counts:
     purchases: int = 0
     distinct_items: int = 0
     revenues: list[RevenueSums] = field(default_factory=list)
+    returns: Sequence[ReturnCounts] = (ReturnCounts(),) * len(RETENTION_WINDOWS)
+    surveys: SurveySums = field(default_factory=SurveySums)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a query found.
+
+    Attributes:
+        groups: those that have events, most impressions first.
+        known_items: the items that coverage is a share of.
+    """
+
+    groups: Sequence[Counts]
+    known_items: int
 
 
 def z_of(confidence_level: float) -> float:
@@ -108,3 +168,68 @@ def revenue_per_mille(
     variance = max(0.0, revenue.total_squares / impressions - mean * mean)
     half = z_of(confidence_level) * math.sqrt(variance / impressions)
     return Interval(1000 * mean, 1000 * (mean - half), 1000 * (mean + half))
+
+
+def mean_interval(
+    n: int,
+    total: float,
+    squares: float,
+    confidence_level: float = 0.95,
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval | None:
+    """Returns the mean of n independent numbers with a normal interval, cut at what is possible.
+
+    Args:
+        n: how many.
+        total: their sum.
+        squares: the sum of their squares.
+        confidence_level: in (0, 1).
+        bounds: between which each number lies.
+
+    None without numbers; a single one says nothing about the spread, so its interval is all that is possible.
+    """
+    if n <= 0:
+        return None
+    mean = total / n
+    if n == 1:
+        return Interval(mean, *bounds)
+    variance = max(0.0, squares - n * mean * mean) / (n - 1)
+    half = z_of(confidence_level) * math.sqrt(variance / n)
+    return Interval(mean, max(bounds[0], mean - half), min(bounds[1], mean + half))
+
+
+def csat_interval(surveys: SurveySums, confidence_level: float = 0.95) -> Interval | None:
+    """Returns the mean satisfaction in [1, 5], or None without answers."""
+    return mean_interval(
+        surveys.csat_people,
+        surveys.csat_total,
+        surveys.csat_squares,
+        confidence_level,
+        bounds=(1.0, 5.0),
+    )
+
+
+def nps_interval(surveys: SurveySums, confidence_level: float = 0.95) -> Interval | None:
+    """Returns the net promoter score in [-100, 100], or None without answers.
+
+    An answer is +1 (promoter), 0 or -1 (detractor), a trinomial whose variance is p + d - (p - d)^2. The
+    interval is the adjusted Wald of Rocks ("Interval estimation for the net promoter score", The American
+    Statistician, 2016): as if three more people had answered, 3/4 promoters, 3/2 passives, 3/4 detractors, so
+    that it does not collapse where all people agree. The value itself is not adjusted.
+    """
+    n = surveys.nps_people
+    if n <= 0:
+        return None
+    value = (surveys.promoters - surveys.detractors) / n
+    m = n + _NPS_PSEUDO_TOTAL
+    p, d = (surveys.promoters + _NPS_PSEUDO_END) / m, (surveys.detractors + _NPS_PSEUDO_END) / m
+    half = z_of(confidence_level) * math.sqrt((p + d - (p - d) ** 2) / m)
+    # The adjusted centre lies nearer to 0; with few people and a low level the value could fall outside.
+    lower, upper = min(value, p - d - half), max(value, p - d + half)
+    return Interval(100 * value, 100 * max(-1.0, lower), 100 * min(1.0, upper))
+
+
+def coverage(distinct_items: int, known_items: int) -> float | None:
+    """Returns the share of the known items that was shown, in [0, 1], or None when none is known."""
+    return min(1.0, distinct_items / known_items) if known_items > 0 else None
