@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import hashlib
 import hmac
 import stat
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,19 +12,49 @@ from hypothesis import strategies as st
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.identity import normalise_item_id, parse_user_key
 from shared.keys import ensure_development_keys, read_secret, read_signing_key, read_verifying_key
-from shared.privacy import Pseudonymizer
+from shared.privacy import HmacSha256, Pseudonymizer
 
-SECRETS = {1: b"a" * 32, 2: b"b" * 32}
+SECRETS = {1: b"a" * 32, 2: b"b" * 32, 3: b"c" * 32}
 IDS = st.text(alphabet=st.characters(codec="utf-8", exclude_categories=("Cc",)), min_size=1, max_size=100)
 
 
-@given(IDS)
-def test_a_pseudonym_is_the_truncated_hmac_of_the_nfc_form(user_id: str) -> None:
-    import unicodedata
+def naive_key(user_id: str, versions: int) -> bytes:
+    """The formula as it is written down, by `hmac`."""
+    normal = unicodedata.normalize("NFC", user_id).encode()
+    key = hmac.digest(SECRETS[1], b"user\x00" + normal, "sha256")[:16]
+    for version in range(2, versions + 1):
+        key = hmac.digest(SECRETS[version], b"rotated\x00" + key, "sha256")[:16]
+    return key
 
-    message = b"user\x00" + unicodedata.normalize("NFC", user_id).encode()
-    expected = hmac.new(SECRETS[2], message, hashlib.sha256).digest()[:16]
-    assert Pseudonymizer(SECRETS).user_key(user_id) == expected
+
+@given(IDS)
+def test_a_pseudonym_is_the_truncated_hmac_of_the_nfc_form_and_a_later_one_that_of_the_one_before(
+    user_id: str,
+) -> None:
+    for versions in (1, 2, 3):
+        pseudonymizer = Pseudonymizer({version: SECRETS[version] for version in range(1, versions + 1)})
+        assert pseudonymizer.user_key(user_id) == naive_key(user_id, versions)
+
+
+@given(secret=st.binary(max_size=64), prefix=st.binary(max_size=100), message=st.binary(max_size=200))
+def test_two_prepared_states_make_the_hmac_of_the_standard_library(
+    secret: bytes, prefix: bytes, message: bytes
+) -> None:
+    assert HmacSha256(secret, prefix).digest(message) == hmac.digest(secret, prefix + message, "sha256")
+
+
+def test_a_pseudonym_is_brought_to_the_current_version_without_the_raw_id() -> None:
+    pseudonymizer = Pseudonymizer(SECRETS)
+    for version in (1, 2, 3):
+        old = naive_key("alice", version)
+        assert pseudonymizer.rotated(old, version) == pseudonymizer.user_key("alice")
+
+
+def test_a_gap_in_the_chain_of_versions_is_refused_by_name(tmp_path: Path) -> None:
+    for version in (1, 3):
+        (tmp_path / f"user_key.{version}.hex").write_text("ab" * 32)
+    with pytest.raises(FailedPrecondition, match=r"user_key\.2\.hex"):
+        Pseudonymizer.from_directory(tmp_path)
 
 
 def test_two_spellings_of_one_name_are_one_person() -> None:
@@ -33,10 +63,10 @@ def test_two_spellings_of_one_name_are_one_person() -> None:
 
 
 def test_the_newest_key_version_is_current_and_the_older_ones_are_known() -> None:
-    both, old = Pseudonymizer(SECRETS), Pseudonymizer({1: SECRETS[1]})
-    assert both.current_version == 2
-    assert both.all_keys("alice") == [both.user_key("alice"), old.user_key("alice")]
-    assert both.user_key("alice") != old.user_key("alice")
+    three, one = Pseudonymizer(SECRETS), Pseudonymizer({1: SECRETS[1]})
+    assert (three.current_version, one.current_version) == (3, 1)
+    assert three.all_keys("alice") == [naive_key("alice", version) for version in (3, 2, 1)]
+    assert one.all_keys("alice") == [naive_key("alice", 1)]
 
 
 @pytest.mark.parametrize("user_id", ["", "x" * 257, "a\x00b", "a\nb", "\x7f"])

@@ -8,6 +8,7 @@ for which no comparison holds, is refused by the same line.
 from __future__ import annotations
 
 import math
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -73,6 +74,8 @@ class EventReader:
         self._door = door
         self._signer = signer
         self._attribution_max_age_ms = int(attribution_max_age_days * _DAY_MS)
+        # Threads that wait for the interpreter wake up at every switch interval; those that wait here sleep.
+        self._one_at_a_time = threading.Lock()
 
     def read(self, events: Sequence[event_pb2.Event], now_us: int | None = None) -> ReadBatch:
         """Returns the rows of a request.
@@ -99,7 +102,8 @@ class EventReader:
             self._attribution_max_age_ms,
             time.time_ns() // 1_000 if now_us is None else now_us,
         )
-        return reading.read(events)
+        with self._one_at_a_time:
+            return reading.read(events)
 
 
 class _Reading:
@@ -186,7 +190,12 @@ class _Reading:
         if session_id:
             session_key = self._session_key_of.get(session_id)
             if session_key is None:
-                text = self._text(session_id, "session_id", 128)
+                # Most are short and plain: no need to look at them twice.
+                text = (
+                    session_id
+                    if len(session_id) <= 128 and session_id.isascii() and session_id.isprintable()
+                    else self._text(session_id, "session_id", 128)
+                )
                 session_key = self._session_key_of[session_id] = self._door.session_key(text)
         device, channel = event.device, event.channel
         if not 0 <= device <= 6:
@@ -219,10 +228,10 @@ class _Reading:
     def _derive_keys(self, user_id: str) -> tuple[bytes, bytes]:
         if not user_id:
             raise _Rejected("user_id", RowReason.REQUIRED, "Say whose event it is, 1 to 256 characters.")
-        _refuse_nul(user_id, "user_id")
         try:
             return self._door.keys_of(user_id)
         except InvalidInput as error:
+            _refuse_nul(user_id, "user_id")
             raise _Rejected("user_id", _id_reason(user_id), error.message) from None
 
     def _timestamp(self, timestamp: Any) -> int:

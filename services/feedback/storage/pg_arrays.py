@@ -83,21 +83,32 @@ def fixed_array(element_oid: int, values: npt.NDArray[Any]) -> BinaryArray:
     return BinaryArray(element_oid, _HEAD.pack(1, 0, element_oid, n, 1) + elements.tobytes())
 
 
+def small_array(values: Sequence[int]) -> BinaryArray:
+    """Returns an array of smallint from numbers in [0, 255]."""
+    # `bytes` takes a tenth of the time that NumPy takes to look at every object.
+    return fixed_array(INT2, np.frombuffer(bytes(values), dtype=np.uint8).astype(">i2"))
+
+
 def nullable_array(element_oid: int, values: Sequence[Any], dtype: str) -> BinaryArray:
-    """Returns an array of numbers, with null where a value is None; empty when all are None."""
-    n = len(values)
+    """Returns an array of numbers, with null where a value is None; empty when all are None.
+
+    Beside nulls, whole numbers must lie within 2**53: they pass through float64, where null is NaN.
+    """
     if None not in values:
         return fixed_array(element_oid, np.array(values, dtype=dtype))
-    present = np.fromiter((value is not None for value in values), dtype=bool, count=n)
-    if not present.any():
+    n = len(values)
+    doubles = np.array(values, dtype=np.float64)
+    absent = np.isnan(doubles)
+    if absent.all():
         return empty_array(element_oid)
-    numbers = np.array([0 if value is None else value for value in values], dtype=dtype)
+    doubles[absent] = 0
+    numbers = doubles.astype(dtype)
     width = 4 + numbers.dtype.itemsize
     elements = np.empty(n, dtype=[("length", ">i4"), ("value", numbers.dtype)])
-    elements["length"] = np.where(present, numbers.dtype.itemsize, -1)
+    elements["length"] = np.where(absent, -1, numbers.dtype.itemsize)
     elements["value"] = numbers
     kept = np.ones((n, width), dtype=bool)
-    kept[~present, 4:] = False
+    kept[absent, 4:] = False
     content = elements.view(np.uint8).reshape(n, width)[kept].tobytes()
     return BinaryArray(element_oid, _HEAD.pack(1, 1, element_oid, n, 1) + content)
 
@@ -128,6 +139,12 @@ def timestamp_array(microseconds: Sequence[int]) -> BinaryArray:
     )
 
 
+class _EncodedTexts(dict[str | None, bytes]):
+    def __missing__(self, value: str | None) -> bytes:
+        element = self[value] = _NULL if value is None else _text_element(value)
+        return element
+
+
 class TextArrays:
     """Makes arrays of text; short texts that come again and again are encoded once.
 
@@ -135,20 +152,13 @@ class TextArrays:
     """
 
     def __init__(self) -> None:
-        self._encoded: dict[str | None, bytes] = {}
+        self._encoded = _EncodedTexts()
 
     def array(self, values: Sequence[str | None]) -> BinaryArray:
         """Returns an array of text; empty when all values are None."""
-        encoded = self._encoded
-        if len(encoded) > _MAX_CACHED_TEXTS:
-            encoded.clear()
-        elements = []
-        for value in values:
-            element = encoded.get(value)
-            if element is None:
-                element = encoded[value] = _NULL if value is None else _text_element(value)
-            elements.append(element)
-        return _joined(TEXT, elements)
+        if len(self._encoded) > _MAX_CACHED_TEXTS:
+            self._encoded.clear()
+        return _joined(TEXT, list(map(self._encoded.__getitem__, values)))
 
 
 def text_array(values: Sequence[str | None]) -> BinaryArray:
