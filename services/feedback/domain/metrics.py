@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import Enum
+from enum import Enum, IntEnum
 from statistics import NormalDist
 
 RETENTION_FROM = timedelta(hours=24)
@@ -17,6 +17,20 @@ SURVEY_CREDIT_WINDOW = timedelta(days=7)
 # What Rocks' adjustment adds: three answers in all, twice as many in the middle as at either end.
 _NPS_PSEUDO_END = 0.75
 _NPS_PSEUDO_TOTAL = 3.0
+
+
+class Metric(IntEnum):
+    """The metrics; the numbers of `Metric` in the contract."""
+
+    CLICK_THROUGH_RATE = 1
+    ADD_TO_CART_RATE = 2
+    CONVERSION_RATE = 3
+    REVENUE_PER_MILLE = 4
+    RETENTION_7_DAYS = 5
+    RETENTION_28_DAYS = 6
+    CSAT = 7
+    NPS = 8
+    CATALOGUE_COVERAGE = 9
 
 
 class Dimension(Enum):
