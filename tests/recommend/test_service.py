@@ -136,7 +136,7 @@ class TestWhatIsRecommended:
         assert answer.model.serving_config == "popular"
 
     def test_the_score_is_the_documented_formula(self, shop: Shop) -> None:
-        answer = recommend(shop, context_events=[{"item_id": "shoe-1"}], page_size=100)
+        answer = recommend(shop, placement="search", context_events=[{"item_id": "shoe-1"}], page_size=100)
         logits = VECTORS.astype(np.float64) @ np.array([0, 3.0])
         log_softmax = logits - np.log(np.exp(logits).sum())
         expected = dict(zip(IDS, log_softmax, strict=True))
@@ -198,9 +198,17 @@ class TestWhatMayNotBeShown:
         shop.profile.upsert(item("brand-new"))
         eventually(lambda: "brand-new" in ids(recommend(shop)))
         answer = recommend(shop, context_events=[{"item_id": "tea-1"}], include_explanations=True)
-        assert ids(answer)[-1] == "brand-new"
-        assert answer.items[-1].reasons[0].kind == Reason.KIND_NEW_ITEM
-        assert answer.items[-1].score < min(entry.score for entry in answer.items[:-1])
+        # Behind all that the model scores, before what the shopper has seen.
+        assert ids(answer)[-2:] == ["brand-new", "tea-1"]
+        assert answer.items[-2].reasons[0].kind == Reason.KIND_NEW_ITEM
+        assert answer.items[-2].score < min(entry.score for entry in answer.items[:-2])
+
+    def test_what_the_shopper_has_seen_comes_after_all_else(self, shop: Shop) -> None:
+        clicks = [{"item_id": "shoe-1"}, {"item_id": "shoe-2"}]
+        at_home = ids(recommend(shop, context_events=clicks))
+        assert set(at_home[-2:]) == {"shoe-1", "shoe-2"}
+        assert set(at_home) == set(IDS)
+        assert set(ids(recommend(shop, placement="cart", context_events=clicks))[-2:]) != {"shoe-1", "shoe-2"}
 
     def test_what_the_shop_earns_is_not_in_the_answer(self, shop: Shop) -> None:
         shop.profile.upsert(item("tea-1", price=2.0, margin_micros=5, image_bytes=b"jpeg", brand="B"))
@@ -344,6 +352,13 @@ class TestExplain:
         assert explained.position == explained.position_by_score == 7
         assert explained.score < explained.page_threshold_score
         assert "position 7" in explained.findings[0]
+
+    def test_why_not_for_having_seen_it(self, shop: Shop) -> None:
+        explained = self.explain(shop, "tea-1", context_events=[{"item_id": "tea-1"}], page_size=2)
+        assert not explained.recommended
+        assert list(explained.verdicts) == [Verdict.FILTER_VERDICT_SEEN]
+        assert explained.position == len(IDS)
+        assert explained.position_by_score < explained.position
 
     def test_why_not_for_a_rule(self, shop: Shop) -> None:
         explained = self.explain(

@@ -144,6 +144,7 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
             serving_config_pb2.PlacementPolicy(
                 placement=policy.placement,
                 exclude_owned=policy.exclude_owned,
+                unseen_first=policy.unseen_first,
                 exclude_in_cart=policy.exclude_in_cart,
                 exclude_out_of_stock=policy.exclude_out_of_stock,
                 default_page_size=policy.default_page_size,

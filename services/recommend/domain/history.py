@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared.event_kinds import EventKind
+from shared.event_kinds import INTEREST_KINDS, EventKind
+
+_INTEREST_KINDS = np.array(sorted(INTEREST_KINDS), dtype=np.int32)
 
 MAX_EVENTS = 200
 """The newest events that a history keeps."""
@@ -61,6 +63,10 @@ class History:
             np.concatenate([self.kinds_N, later.kinds_N[new]])[order],
             times_N[order],
         )
+
+    def seen_rows(self) -> npt.NDArray[np.int32]:
+        """Returns the rows of the items that the shopper has shown an interest in, int32, ascending."""
+        return np.unique(self.rows_N[np.isin(self.kinds_N, _INTEREST_KINDS)])
 
     def owned_rows(self) -> npt.NDArray[np.int32]:
         """Returns the rows of the items bought more often than sent back, int32, ascending."""

@@ -88,6 +88,7 @@ class Verdict(IntEnum):
     FILTER_EXPRESSION = 9
     CONTEXT_ITEM = 10
     NO_SCORE = 12
+    SEEN = 13
 
 
 @dataclass(frozen=True, slots=True)

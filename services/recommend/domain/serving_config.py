@@ -17,10 +17,16 @@ class Scorer(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PlacementPolicy:
-    """What is particular to one placement."""
+    """What is particular to one placement.
+
+    Attributes:
+        unseen_first: items that the history shows an interest in come after all others, as they do
+            when the model is measured.
+    """
 
     placement: str
     exclude_owned: bool = True
+    unseen_first: bool = True
     exclude_in_cart: bool = True
     exclude_out_of_stock: bool = True
     default_page_size: int = 10
@@ -31,11 +37,12 @@ PLACEMENT_POLICIES: Mapping[str, PlacementPolicy] = {
     for policy in (
         PlacementPolicy("home"),
         PlacementPolicy("item_page"),
-        PlacementPolicy("cart"),
-        PlacementPolicy("check_out"),
+        # Who is about to pay may well take what they looked at before.
+        PlacementPolicy("cart", unseen_first=False),
+        PlacementPolicy("check_out", unseen_first=False),
         PlacementPolicy("email"),
         # Who searches may search for what they have.
-        PlacementPolicy("search", exclude_owned=False),
+        PlacementPolicy("search", exclude_owned=False, unseen_first=False),
     )
 }
 

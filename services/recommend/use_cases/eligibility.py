@@ -50,8 +50,9 @@ class FilterMasks:
 
 @dataclass(frozen=True, slots=True)
 class Exclusions:
-    """The rows that a request leaves out, by reason."""
+    """The rows that a request leaves out, by reason; and those it shows after all others."""
 
+    seen: npt.NDArray[np.int32]
     excluded: npt.NDArray[np.int32]
     in_cart: npt.NDArray[np.int32]
     owned: npt.NDArray[np.int32]
@@ -63,7 +64,7 @@ class Eligibility:
     """What may be shown.
 
     Attributes:
-        eligible_R: nothing speaks against the item.
+        eligible_R: nothing speaks against the item, seen before or not.
         unfiltered_R: nothing does, but perhaps the filter expression.
     """
 
@@ -74,6 +75,16 @@ class Eligibility:
     available_R: Mask | None
     respects_stock: bool
     exclusions: Exclusions
+
+    def split_by_seen(self) -> tuple[Mask, Mask]:
+        """Returns `eligible_R` without the seen items, and the seen items of it alone."""
+        seen = self.exclusions.seen
+        if not len(seen):
+            return self.eligible_R, np.zeros_like(self.eligible_R)
+        unseen_R, seen_R = self.eligible_R.copy(), np.zeros_like(self.eligible_R)
+        unseen_R[seen] = False
+        seen_R[seen] = self.eligible_R[seen]
+        return unseen_R, seen_R
 
     def verdicts(self, row: int, *, scored: bool) -> list[Verdict]:
         """Returns all that speaks against a row; [PASSED] where nothing does."""
@@ -89,6 +100,7 @@ class Eligibility:
             (Verdict.CONTEXT_ITEM, row in exclusions.context),
             (Verdict.FILTER_EXPRESSION, self.filter_R is not None and not self.filter_R[row]),
             (Verdict.NO_SCORE, not scored),
+            (Verdict.SEEN, row in exclusions.seen),
         )
         return [verdict for verdict, speaks in against if speaks] or [Verdict.PASSED]
 
@@ -114,6 +126,7 @@ class Eligibility:
             (Verdict.IN_CART, self.exclusions.in_cart),
             (Verdict.OWNED, self.exclusions.owned),
             (Verdict.CONTEXT_ITEM, self.exclusions.context),
+            (Verdict.SEEN, self.exclusions.seen),
         ):
             against_R = np.zeros(world.size, dtype=np.bool_)
             against_R[rows] = True

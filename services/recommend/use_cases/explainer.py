@@ -30,6 +30,7 @@ _FINDING_OF_VERDICT = {
     Verdict.OWNED: "the shopper has bought it, and this placement leaves such out",
     Verdict.FILTER_EXPRESSION: "the filter expression is false for it",
     Verdict.CONTEXT_ITEM: "it is the item that the request is about",
+    Verdict.SEEN: "the shopper has seen it already, and this placement shows such items after all others",
     Verdict.NO_SCORE: "no source has a score for it: the model has not learnt it yet",
 }
 
@@ -62,7 +63,7 @@ class Explainer:
         scored = bool(scores.score_R[row] > -np.inf) or tier > 0
         verdicts = ranking.eligibility.verdicts(row, scored=scored)
         by_score = _rank(scores.score_R, ranking.eligibility.eligible_R, row)
-        position = int(places[0]) + 1 if len(places) else self._later_position(ranking, row, by_score)
+        position = int(places[0]) + 1 if len(places) else self._later_position(ranking, row)
         score = float(selection.scores_K[places[0]]) if len(places) else float(scores.score_R[row])
         threshold = float(selection.scores_K[-1]) if len(selection.scores_K) else 0.0
         reasons: list[Reason] = []
@@ -84,13 +85,18 @@ class Explainer:
         return replace(explanation, findings=_findings(explanation, len(selection.rows_K)))
 
     @staticmethod
-    def _later_position(ranking: Ranking, row: int, by_score: int) -> int:
+    def _later_position(ranking: Ranking, row: int) -> int:
         """Returns the position beyond the first page: 0 where the item is not in the order."""
-        scores, eligibility, model = ranking.scores, ranking.eligibility, ranking.world.model
+        scores, model = ranking.scores, ranking.world.model
+        unseen_R, seen_R = ranking.eligibility.split_by_seen()
+        if place := _rank(scores.score_R, seen_R, row):
+            # Behind everything that the model scores, and everything that it has not learnt yet.
+            return int(np.count_nonzero(unseen_R)) + place
+        place = _rank(scores.score_R, unseen_R, row)
         depth = ranking.config.diversity_depth
-        if not by_score or ranking.strength <= 0 or model is None or by_score > depth:
-            return by_score
-        rows = top_rows(scores.score_R, eligibility.eligible_R, depth)
+        if not place or ranking.strength <= 0 or model is None or place > depth:
+            return place
+        rows = top_rows(scores.score_R, unseen_R, depth)
         vectors_CD = model.unit_vectors(model.indices_of(rows))
         order = maximal_marginal_relevance(scores.score_R[rows], vectors_CD, ranking.strength, len(rows))
         return int(np.flatnonzero(rows[order] == row)[0]) + 1

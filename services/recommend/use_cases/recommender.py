@@ -63,6 +63,8 @@ MAX_PAGE_SIZE = 100
 MAX_PAGED_ITEMS = 1_000
 """Items after which there is no further page: nobody pages so far, and the token grows with them."""
 
+# Lists that follow from the shopper's history, in which what they have seen comes after all else.
+_PERSONAL = (ListKind.RECOMMEND, ListKind.CART)
 _ENCODE_SECONDS = 0.002
 _DIVERSITY_SECONDS = 0.001
 _EXPLANATION_SECONDS = 0.005
@@ -344,7 +346,11 @@ class Recommender:
         excluded = np.concatenate(
             [rows_of(world, query.exclude_item_ids), shown_rows(world, query.page.shown_digests)]
         )
+        seen = np.empty(0, dtype=np.int32)
+        if policy.unseen_first and query.kind in _PERSONAL:
+            seen = rows_within(world, ranking.history.seen_rows())
         exclusions = Exclusions(
+            seen=seen,
             excluded=excluded,
             in_cart=rows_of(world, cart) if policy.exclude_in_cart else np.empty(0, dtype=np.int32),
             owned=owned,
@@ -363,7 +369,7 @@ class Recommender:
         eligibility = ranking.eligibility
         count = min(query.page_size or ranking.policy.default_page_size, MAX_PAGE_SIZE)
         count = min(count, MAX_PAGED_ITEMS - query.page.offset)
-        personal = query.kind in (ListKind.RECOMMEND, ListKind.CART)
+        personal = query.kind in _PERSONAL
         if personal and scores.model_history is not None and config.diversity_strength > 0:
             if self._remaining(ranking) > _DIVERSITY_SECONDS:
                 ranking.strength = config.diversity_strength
@@ -372,14 +378,19 @@ class Recommender:
                     Degradation(Cause.DEADLINE_DIVERSITY_SKIPPED, "left out to keep the deadline")
                 )
         made: dict[int, Tier] = {}
+        unseen_R, seen_R = eligibility.split_by_seen()
+        unscored_R = scores.score_R == -np.inf
 
         def first() -> Tier:
-            return Tier(scores.sources[0], scores.score_R, eligibility.eligible_R)
+            return Tier(scores.sources[0], scores.score_R, unseen_R)
 
         def new_items() -> Tier:
             # What the model has not learnt yet comes after everything that it has: never lost, never first.
-            unknown_R = eligibility.eligible_R & (scores.score_R == -np.inf)
-            return Tier(Source.NEW_ITEMS, newest_scores(world), unknown_R)
+            return Tier(Source.NEW_ITEMS, newest_scores(world), eligibility.eligible_R & unscored_R)
+
+        def seen_items() -> Tier:
+            # Rather something they know than nothing.
+            return Tier(scores.sources[0], scores.score_R, seen_R)
 
         def outside_filter() -> Tier:
             popular_R = popular_scores(world, self._counts, ranking.now).score_R
@@ -388,6 +399,8 @@ class Recommender:
         makers: list[Callable[[], Tier]] = [first]
         if personal and scores.sources != [Source.NEW_ITEMS]:
             makers.append(new_items)
+        if len(eligibility.exclusions.seen):
+            makers.append(seen_items)
         fills_up = query.fill_up and query.kind is not ListKind.BUY_AGAIN
         if fills_up and eligibility.filter_R is not None:
             makers.append(outside_filter)

@@ -118,6 +118,10 @@ class _FilterVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FilterV
     """A merchandising rule excludes the item."""
     FILTER_VERDICT_NO_SCORE: _FilterVerdict.ValueType  # 12
     """No source gives the item a score."""
+    FILTER_VERDICT_SEEN: _FilterVerdict.ValueType  # 13
+    """The shopper has shown an interest in the item already, and the placement
+    shows such items after all others. Not excluded: it may still be on the page.
+    """
 
 class FilterVerdict(_FilterVerdict, metaclass=_FilterVerdictEnumTypeWrapper):
     """Whether an item may be recommended, and if not, the first rule against it."""
@@ -148,6 +152,10 @@ FILTER_VERDICT_RULE: FilterVerdict.ValueType  # 11
 """A merchandising rule excludes the item."""
 FILTER_VERDICT_NO_SCORE: FilterVerdict.ValueType  # 12
 """No source gives the item a score."""
+FILTER_VERDICT_SEEN: FilterVerdict.ValueType  # 13
+"""The shopper has shown an interest in the item already, and the placement
+shows such items after all others. Not excluded: it may still be on the page.
+"""
 Global___FilterVerdict: _TypeAlias = FilterVerdict  # noqa: Y015
 
 @_typing.final

@@ -296,6 +296,7 @@ class PlacementPolicy(_message.Message):
     EXCLUDE_IN_CART_FIELD_NUMBER: _builtins.int
     EXCLUDE_OUT_OF_STOCK_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    UNSEEN_FIRST_FIELD_NUMBER: _builtins.int
     DEFAULT_PAGE_SIZE_FIELD_NUMBER: _builtins.int
     placement: _builtins.str
     """The placement, 1 to 63 characters of ^[a-z][a-z0-9_-]*$. Known ones are
@@ -311,6 +312,11 @@ class PlacementPolicy(_message.Message):
     """Whether items that are sold out are left out. Built in: true."""
     filter: _builtins.str
     """A filter that is joined to the request's own with AND. Empty: none."""
+    unseen_first: _builtins.bool
+    """Whether items that the live history already shows an interest in come after
+    all others, as they do when the model is measured. Built in: true for "home",
+    "item_page" and "email", where shoppers look for something else.
+    """
     default_page_size: _builtins.int
     """The page size where a request names none, in [1, 100]. Defaults to 10."""
     def __init__(
@@ -321,11 +327,12 @@ class PlacementPolicy(_message.Message):
         exclude_in_cart: _builtins.bool = ...,
         exclude_out_of_stock: _builtins.bool = ...,
         filter: _builtins.str = ...,
+        unseen_first: _builtins.bool = ...,
         default_page_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_page_size", b"default_page_size", "exclude_in_cart", b"exclude_in_cart", "exclude_out_of_stock", b"exclude_out_of_stock", "exclude_owned", b"exclude_owned", "filter", b"filter", "placement", b"placement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_page_size", b"default_page_size", "exclude_in_cart", b"exclude_in_cart", "exclude_out_of_stock", b"exclude_out_of_stock", "exclude_owned", b"exclude_owned", "filter", b"filter", "placement", b"placement", "unseen_first", b"unseen_first"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
