@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import grpc
 import psycopg
+import sqlalchemy
 from shopkeeper.feedback.v1 import feedback_service_pb2_grpc
 
 from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
@@ -18,13 +19,21 @@ from services.feedback.converters.identities import Door
 from services.feedback.domain.bots import RateBotDetector
 from services.feedback.servicer import SERVICE_NAME, FeedbackServicer, UseCases
 from services.feedback.settings import FeedbackSettings
+from services.feedback.storage.experiments import PostgresExperiments
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.log_writer import LogWriter, verify_durability
 from services.feedback.storage.metrics import PostgresMetrics
 from services.feedback.storage.notifier import LogNotifier
 from services.feedback.storage.people import PostgresPeople
 from services.feedback.storage.text_cipher import TextCipher
-from services.feedback.use_cases import ExportUser, ForgetUser, ManageConsent, MeasureMetrics, RecordEvents
+from services.feedback.use_cases import (
+    ExportUser,
+    ForgetUser,
+    ManageConsent,
+    MeasureMetrics,
+    RecordEvents,
+    RunExperiments,
+)
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
 from shared.keys import read_secret, read_signing_key
@@ -43,6 +52,7 @@ class Feedback:
 
     servicer: FeedbackServicer
     people: PostgresPeople
+    experiments: RunExperiments
     log: GroupCommitLog
     notifier: LogNotifier
     database: Database
@@ -82,6 +92,8 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
         queue_rows=settings.commit_queue_rows,
         on_commit=notifier.wake,
     )
+    metrics = PostgresMetrics(database)
+    experiments = RunExperiments(PostgresExperiments(database), metrics, clock)
     servicer = FeedbackServicer(
         UseCases(
             RecordEvents(log, RateBotDetector(settings.bot_views_per_minute)),
@@ -90,7 +102,8 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
                 people, RegistryModelVersions(settings.registry_path), receipt_signer, clock, notifier.wake
             ),
             ExportUser(people, people),
-            MeasureMetrics(PostgresMetrics(database), clock),
+            MeasureMetrics(metrics, clock),
+            experiments,
         ),
         EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days),
         door,
@@ -98,7 +111,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
         commit_timeout_seconds=settings.commit_timeout_seconds,
         stream_read_ahead=settings.stream_read_ahead,
     )
-    return Feedback(servicer, people, log, notifier, database)
+    return Feedback(servicer, people, experiments, log, notifier, database)
 
 
 def serve() -> None:
@@ -124,6 +137,12 @@ def serve() -> None:
             target=_watch_database,
             args=(feedback, server, telemetry, stopped),
             name="database-watch",
+            daemon=True,
+        ).start()
+        threading.Thread(
+            target=_guard_experiments,
+            args=(feedback.experiments, settings.experiment_check_seconds, telemetry, stopped),
+            name="experiment-guard",
             daemon=True,
         ).start()
         server.serve_until_signal()
@@ -170,6 +189,22 @@ def _watch_database(
         if reachable != ready:
             ready = reachable
             server.set_ready(ready, "" if ready else "the database cannot be reached")
+
+
+def _guard_experiments(
+    experiments: RunExperiments, interval_seconds: float, telemetry: Telemetry, stopped: threading.Event
+) -> None:
+    """Stops experiments that do harm. Replicas may do so at once: stopping twice is stopping once."""
+    while not stopped.wait(interval_seconds):
+        try:
+            for experiment in experiments.stop_broken():
+                telemetry.logger.warning(
+                    "experiment stopped",
+                    experiment=experiment.experiment_id,
+                    cause=experiment.stop_cause.name if experiment.stop_cause else "",
+                )
+        except (ShopkeeperError, psycopg.Error, sqlalchemy.exc.SQLAlchemyError) as error:
+            telemetry.logger.warning("experiments not checked", cause=repr(error)[:200])
 
 
 def main() -> None:

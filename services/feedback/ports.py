@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from services.feedback.domain.consent import Consent, Erasure, ModelVersion
 from services.feedback.domain.events import Appended, EventColumns
+from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, RowSample
+from services.feedback.domain.experiments import Experiment, Observation, State, StopCause
 from services.feedback.domain.metrics import Measurement, MetricsQuery
 
 
@@ -62,6 +64,111 @@ class MetricsStore(Protocol):
 
     def measure(self, query: MetricsQuery) -> Measurement:
         """Returns one entry for each group that has events, most impressions first."""
+        ...
+
+
+class ExperimentStore(Protocol):
+    """Experiments and what was seen of them."""
+
+    def create(self, experiment: Experiment) -> Experiment:
+        """Stores an experiment; returns the stored one when it is the same.
+
+        Raises:
+            AlreadyExists: EXPERIMENT_ALREADY_EXISTS, another one has this id.
+            FailedPrecondition: PLACEMENT_TAKEN, another one runs on the shelf.
+        """
+        ...
+
+    def get(self, experiment_id: str) -> Experiment:
+        """Returns an experiment.
+
+        Raises:
+            NotFound: EXPERIMENT_NOT_FOUND.
+        """
+        ...
+
+    def list_newest(
+        self, placement: str, state: State | None, after: tuple[datetime, str] | None, limit: int
+    ) -> list[Experiment]:
+        """Returns experiments, newest first, that come after a key (created_at, experiment_id)."""
+        ...
+
+    def list_running(self) -> list[Experiment]:
+        """Returns the experiments that run."""
+        ...
+
+    def stop(
+        self, experiment_id: str, expected_version: int | None, cause: StopCause, now: datetime
+    ) -> Experiment:
+        """Stops an experiment and returns it; one that has stopped stays as it is.
+
+        Raises:
+            NotFound: EXPERIMENT_NOT_FOUND.
+            Aborted: STALE_ETAG, it runs and has another version.
+        """
+        ...
+
+    def observe(self, experiment: Experiment, observed_until: datetime) -> Observation:
+        """Returns what was seen of an experiment while it ran, and of its people's return until a moment."""
+        ...
+
+
+class ImportStore(Protocol):
+    """Imports and how far they have come. Durable, and the same for all replicas."""
+
+    def create(self, source: str, request_id: str, now: datetime) -> Import:
+        """Stores a new import, or returns the one that the same (not empty) `request_id` made before."""
+        ...
+
+    def get(self, import_id: str) -> Import:
+        """Returns an import; raises NotFound (IMPORT_NOT_FOUND)."""
+        ...
+
+    def page(self, after: tuple[datetime, str] | None, limit: int) -> list[Import]:
+        """Returns at most `limit` imports, newest first, that come after (time of creation, id)."""
+        ...
+
+    def oldest_unfinished(self) -> Import | None:
+        """Returns the import whose turn it is."""
+        ...
+
+    def begin(self, import_id: str, file_digest: bytes, total_rows: int) -> None:
+        """Marks an import as running."""
+        ...
+
+    def checkpoint(self, import_id: str, progress: ImportProgress) -> bool:
+        """Stores how far an import has come; returns whether it is to go on, and not to be cancelled."""
+        ...
+
+    def finish(self, import_id: str, state: ImportState, failure: str, now: datetime) -> None:
+        """Ends an import; does nothing to one that has ended."""
+        ...
+
+    def request_cancel(self, import_id: str, now: datetime) -> Import:
+        """Asks an import to stop, at once where it has not begun; raises NotFound."""
+        ...
+
+
+class ImportFile(Protocol):
+    """An opened file. Reading it again yields the same parts."""
+
+    digest: bytes
+    total_rows: int
+
+    def parts(self) -> Iterator[ImportPart]:
+        """Yields the events from the first."""
+        ...
+
+    def remainder(self) -> tuple[int, int, Sequence[RowSample], str]:
+        """Returns rows read, rows that did not become events, samples, and what cut the file short ("" if nothing)."""
+        ...
+
+
+class ImportFiles(Protocol):
+    """Files below the import directory."""
+
+    def open(self, source: str, created_at: datetime) -> ImportFile:
+        """Opens the file of a source; raises ShopkeeperError with the problem and its remedy."""
         ...
 
 

@@ -13,14 +13,29 @@ import grpc
 from prometheus_client import Counter
 from shopkeeper.feedback.v1 import (
     consent_pb2,
+    experiment_pb2,
     feedback_service_pb2,
     feedback_service_pb2_grpc,
     metrics_pb2,
 )
 
 from services.feedback.converters.events import EventReader
+from services.feedback.converters.experiments import (
+    from_create,
+    from_etag,
+    from_experiment_id,
+    from_list,
+    to_experiment,
+    to_list,
+    to_report,
+)
 from services.feedback.converters.identities import Door
-from services.feedback.converters.metrics import from_get_metrics, from_watch_metrics, to_metrics
+from services.feedback.converters.metrics import (
+    confidence_level,
+    from_get_metrics,
+    from_watch_metrics,
+    to_metrics,
+)
 from services.feedback.converters.people import from_consent, to_consent, to_receipt
 from services.feedback.converters.results import to_consistency_token, to_results
 from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
@@ -31,6 +46,7 @@ from services.feedback.use_cases import (
     MeasureMetrics,
     PendingBatch,
     RecordEvents,
+    RunExperiments,
 )
 from shared.errors import ResourceExhausted, Unavailable, Unimplemented
 from shared.event_kinds import EventKind
@@ -51,6 +67,7 @@ class UseCases:
     forget_user: ForgetUser
     export_user: ExportUser
     metrics: MeasureMetrics
+    experiments: RunExperiments
 
 
 class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
@@ -227,6 +244,50 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
         ):
             yield to_metrics(query, measured)
 
+    # Experiments
+
+    def CreateExperiment(
+        self, request: feedback_service_pb2.CreateExperimentRequest, context: grpc.ServicerContext
+    ) -> experiment_pb2.Experiment:
+        """Starts an experiment."""
+        experiment = from_create(request, datetime.now(UTC))
+        return to_experiment(self._use_cases.experiments.create(experiment))
+
+    def GetExperiment(
+        self, request: feedback_service_pb2.GetExperimentRequest, context: grpc.ServicerContext
+    ) -> experiment_pb2.Experiment:
+        """Returns an experiment."""
+        return to_experiment(self._use_cases.experiments.get(from_experiment_id(request.experiment_id)))
+
+    def ListExperiments(
+        self, request: feedback_service_pb2.ListExperimentsRequest, context: grpc.ServicerContext
+    ) -> feedback_service_pb2.ListExperimentsResponse:
+        """Returns experiments, newest first."""
+        experiments, more = self._use_cases.experiments.page(*from_list(request, self._signer))
+        return to_list(request, experiments, more, self._signer)
+
+    def StopExperiment(
+        self, request: feedback_service_pb2.StopExperimentRequest, context: grpc.ServicerContext
+    ) -> experiment_pb2.Experiment:
+        """Stops an experiment."""
+        experiment_id, version = from_experiment_id(request.experiment_id), from_etag(request.etag)
+        return to_experiment(self._use_cases.experiments.stop(experiment_id, version))
+
+    def GetExperimentReport(
+        self, request: feedback_service_pb2.GetExperimentReportRequest, context: grpc.ServicerContext
+    ) -> experiment_pb2.ExperimentReport:
+        """Returns what an experiment has shown."""
+        experiment_id = from_experiment_id(request.experiment_id)
+        report = self._use_cases.experiments.report(experiment_id, confidence_level(request))
+        return to_report(
+            report.experiment,
+            report.observation,
+            report.judgement,
+            report.measured,
+            report.confidence_level,
+            report.reported_at,
+        )
+
     # The contract holds these; this version does not.
 
     def ImportEvents(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
@@ -262,26 +323,6 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
     def GetKeyRotation(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
         """Not built yet."""
         raise _not_built("GetKeyRotation", "the current user key; keep every version in the key directory")
-
-    def CreateExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("CreateExperiment", "a serving_config in each Recommend call, and GetMetrics by it")
-
-    def GetExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("GetExperiment", "GetMetrics by serving_config")
-
-    def ListExperiments(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("ListExperiments", "GetMetrics by serving_config")
-
-    def StopExperiment(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("StopExperiment", "GetMetrics by serving_config")
-
-    def GetExperimentReport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("GetExperimentReport", "GetMetrics by serving_config, with its intervals")
 
     def EstimatePolicyValue(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
         """Not built yet."""

@@ -37,3 +37,9 @@ class FeedbackSettings(ServiceSettings):
     stream_read_ahead: int = Field(
         4, ge=1, le=64, description="Batches that one stream may have on their way before it is slowed down."
     )
+    experiment_check_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="How often running experiments are checked for broken guard rails and a broken split.",
+    )

@@ -6,27 +6,41 @@ import json
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from services.feedback.domain.bots import RateBotDetector
 from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
 from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, settled
-from services.feedback.domain.metrics import Measurement, MetricsQuery
+from services.feedback.domain.experiments import (
+    GUARD_CONFIDENCE_LEVEL,
+    Experiment,
+    Judgement,
+    Observation,
+    State,
+    StopCause,
+    judge,
+)
+from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, advanced, merged_samples
+from services.feedback.domain.metrics import Dimension, Measurement, MetricsQuery
 from services.feedback.ports import (
     Clock,
     ConsentStore,
     EventLog,
+    ImportFiles,
+    ImportStore,
+    ExperimentStore,
     MetricsStore,
     ModelVersions,
     PersonStore,
     ReceiptSigner,
 )
-from shared.errors import DeadlineExceeded, Unavailable
+from shared.errors import DeadlineExceeded, ResourceExhausted, ShopkeeperError, Unavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,231 @@ class MeasureMetrics:
             # A short wait at a time: a caller that left must not hold its thread for an hour.
             while is_active() and not stopped.is_set() and (left := wake_at - time.monotonic()) > 0:
                 stopped.wait(min(left, 0.25))
+
+
+@dataclass(frozen=True, slots=True)
+class ExperimentReport:
+    """What an experiment has shown until a moment."""
+
+    experiment: Experiment
+    observation: Observation
+    judgement: Judgement
+    measured: Measurement
+    confidence_level: float
+    reported_at: datetime
+
+
+class RunExperiments:
+    """Creates, reports and stops experiments."""
+
+    def __init__(self, store: ExperimentStore, metrics: MetricsStore, clock: Clock) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._clock = clock
+
+    def create(self, experiment: Experiment) -> Experiment:
+        """Starts an experiment; raises as `ExperimentStore.create` does."""
+        return self._store.create(experiment)
+
+    def get(self, experiment_id: str) -> Experiment:
+        """Returns an experiment; raises NotFound."""
+        return self._store.get(experiment_id)
+
+    def page(
+        self, placement: str, state: State | None, after: tuple[datetime, str] | None, size: int
+    ) -> tuple[list[Experiment], bool]:
+        """Returns a page of experiments, newest first, and whether there are more."""
+        found = self._store.list_newest(placement, state, after, size + 1)
+        return found[:size], len(found) > size
+
+    def stop(self, experiment_id: str, expected_version: int | None) -> Experiment:
+        """Stops an experiment because somebody asked for it; raises as `ExperimentStore.stop` does."""
+        return self._store.stop(experiment_id, expected_version, StopCause.REQUESTED, self._clock.now())
+
+    def report(self, experiment_id: str, confidence_level: float) -> ExperimentReport:
+        """Returns what an experiment has shown; raises NotFound."""
+        experiment, now = self._store.get(experiment_id), self._clock.now()
+        observation = self._store.observe(experiment, now)
+        measured = self._metrics.measure(
+            MetricsQuery(
+                experiment.created_at,
+                experiment.stopped_at or now,
+                [Dimension.VARIANT],
+                confidence_level=confidence_level,
+                variants=experiment.labels,
+                observed_until=now,
+            )
+        )
+        judgement = judge(experiment, observation, confidence_level)
+        return ExperimentReport(experiment, observation, judgement, measured, confidence_level, now)
+
+    def stop_broken(self) -> list[Experiment]:
+        """Stops every running experiment whose guard rail or split is broken; returns those it stopped."""
+        stopped = []
+        for experiment in self._store.list_running():
+            if experiment.report_only:
+                continue
+            now = self._clock.now()
+            observation = self._store.observe(experiment, now)
+            cause = judge(experiment, observation, GUARD_CONFIDENCE_LEVEL).cause_to_stop
+            if cause is not None:
+                stopped.append(self._store.stop(experiment.experiment_id, None, cause, now))
+        return stopped
+
+
+IMPORT_COMMIT_TIMEOUT_SECONDS = 60.0
+# Parts of an import that may wait for their commit at once: enough to keep it busy, and no more.
+IMPORT_READ_AHEAD = 2
+
+
+class ManageImports:
+    """Begins, follows and cancels imports."""
+
+    def __init__(self, store: ImportStore, files: ImportFiles, clock: Clock) -> None:
+        self._store = store
+        self._files = files
+        self._clock = clock
+
+    def begin(self, source: str, request_id: str) -> Import:
+        """Returns a new import, or the earlier one of the same request id.
+
+        Raises:
+            ShopkeeperError: the file or its mapping cannot be read; told at once rather than later.
+        """
+        now = self._clock.now()
+        self._files.open(source, now)
+        return self._store.create(source, request_id, now)
+
+    def get(self, import_id: str) -> Import:
+        """Returns an import; raises NotFound."""
+        return self._store.get(import_id)
+
+    def page(self, after: tuple[Any, str] | None, limit: int) -> list[Import]:
+        """Returns imports, newest first."""
+        return self._store.page(after, limit)
+
+    def cancel(self, import_id: str) -> Import:
+        """Stops an import; raises NotFound."""
+        return self._store.request_cancel(import_id, self._clock.now())
+
+    def watch(
+        self, import_id: str, stopped: threading.Event, is_active: Callable[[], bool]
+    ) -> Iterator[Import]:
+        """Yields an import now, after each change, and for the last time when it has ended."""
+        seen: Import | None = None
+        while is_active() and not stopped.is_set():
+            present = self._store.get(import_id)
+            if present != seen:
+                yield present
+                seen = present
+            if present.state.ended:
+                return
+            # The import may run in another replica: the store is asked, not this process.
+            stopped.wait(0.25)
+
+
+class RunImports:
+    """Brings files into the log, one after another, through the same door as every event."""
+
+    def __init__(
+        self,
+        store: ImportStore,
+        files: ImportFiles,
+        record_events: RecordEvents,
+        clock: Clock,
+        stopped: threading.Event,
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._record_events = record_events
+        self._clock = clock
+        self._stopped = stopped
+
+    def run_next(self) -> bool:
+        """Runs the oldest unfinished import to its end; returns whether there was one.
+
+        A stopped service leaves it as it is; whoever runs it next goes on behind the last checkpoint.
+        The parts since then are sent again, and their events come back as duplicates.
+
+        Raises:
+            Unavailable: the store is away; nothing is lost.
+        """
+        job = self._store.oldest_unfinished()
+        if job is None:
+            return False
+        try:
+            file = self._files.open(job.source, job.created_at)
+            if job.file_digest not in (None, file.digest):
+                self._finish(
+                    job,
+                    ImportState.FAILED,
+                    "The file is not the one that the import began with. Import it again: rows that are in the "
+                    "log already come back as duplicates.",
+                )
+                return True
+            self._store.begin(job.import_id, file.digest, file.total_rows)
+            progress = replace(job.progress, total_rows=file.total_rows)
+            under_way: deque[tuple[ImportPart, PendingBatch]] = deque()
+            passed = 0
+            for part in file.parts():
+                passed += part.batch.size
+                # Settled before the restart. A part is never settled by half.
+                if passed <= job.progress.settled_events:
+                    continue
+                under_way.append((part, self._submitted(part)))
+                if len(under_way) == IMPORT_READ_AHEAD:
+                    progress = self._settled(progress, under_way.popleft())
+                    if not self._store.checkpoint(job.import_id, progress):
+                        self._finish(job, ImportState.CANCELLED)
+                        return True
+            while under_way:
+                progress = self._settled(progress, under_way.popleft())
+            read, unreadable, samples, damage = file.remainder()
+            progress = replace(
+                progress,
+                read_rows=read,
+                total_rows=progress.total_rows if damage else read,
+                unreadable_rows=unreadable,
+                samples=tuple(merged_samples(progress.samples, samples)),
+            )
+            goes_on = self._store.checkpoint(job.import_id, progress)
+            if damage:
+                self._finish(job, ImportState.FAILED, damage)
+            else:
+                self._finish(job, ImportState.SUCCEEDED if goes_on else ImportState.CANCELLED)
+        except _ServiceStops:
+            pass
+        except Unavailable:
+            raise
+        except ShopkeeperError as error:
+            self._finish(job, ImportState.FAILED, error.message)
+        return True
+
+    def _finish(self, job: Import, state: ImportState, failure: str = "") -> None:
+        self._store.finish(job.import_id, state, failure, self._clock.now())
+
+    def _submitted(self, part: ImportPart) -> PendingBatch:
+        while not self._stopped.is_set():
+            try:
+                return self._record_events.submit(part.batch)
+            except ResourceExhausted:
+                # Shoppers go first.
+                self._stopped.wait(0.25)
+        raise _ServiceStops
+
+    def _settled(self, progress: ImportProgress, sent: tuple[ImportPart, PendingBatch]) -> ImportProgress:
+        part, pending = sent
+        while not self._stopped.is_set():
+            try:
+                return advanced(progress, part, pending.wait(IMPORT_COMMIT_TIMEOUT_SECONDS))
+            except (Unavailable, DeadlineExceeded):
+                self._stopped.wait(0.5)
+                pending = self._submitted(part)
+        raise _ServiceStops
+
+
+class _ServiceStops(Exception):
+    """The service ends; what is not settled is for its successor."""
 
 
 def _json_line(fields: dict[str, Any]) -> str:

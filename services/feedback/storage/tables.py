@@ -74,3 +74,23 @@ tombstones = sa.Table(
     sa.Column("completed_at", sa.DateTime(timezone=True)),
     sa.Column("xid", sa.Text, server_default=XID8),
 )
+
+experiments = sa.Table(
+    "experiments",
+    metadata,
+    sa.Column("experiment_id", sa.Text, primary_key=True),
+    sa.Column("display_name", sa.Text),
+    sa.Column("placement", sa.Text),
+    sa.Column("salt", sa.Text),
+    sa.Column("traffic_fraction", sa.Double),
+    sa.Column("variants", pg.JSONB),
+    sa.Column("primary_metric", sa.SmallInteger),
+    sa.Column("guard_rails", pg.JSONB),
+    sa.Column("expected_people", sa.BigInteger),
+    sa.Column("report_only", sa.Boolean),
+    sa.Column("state", sa.SmallInteger),
+    sa.Column("created_at", sa.DateTime(timezone=True)),
+    sa.Column("stopped_at", sa.DateTime(timezone=True)),
+    sa.Column("stop_cause", sa.SmallInteger),
+    sa.Column("version", sa.BigInteger),
+)
