@@ -23,7 +23,8 @@ PURE_SHARED = {
     "shared.bundle.history",
     "shared.bundle.scoring",
 }
-PURE_PACKAGES = {"numpy"}
+# SciPy is the special functions and the minimisers that NumPy lacks: pure as NumPy is.
+PURE_PACKAGES = {"numpy", "scipy"}
 
 # role → roles of the same service that it may import
 ARROWS = {
