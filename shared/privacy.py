@@ -109,8 +109,10 @@ class Pseudonymizer:
             keys.append(step.digest(keys[-1])[:USER_KEY_BYTES])
         return [UserKey(key) for key in reversed(keys)]
 
-    def rotated(self, user_key: bytes, version: int) -> UserKey:
-        """Returns the current key of the person whose key under `version` is given; needs no raw id."""
-        for step in self._later[version - 1 :]:
+    def rotated(self, user_key: bytes, version: int, target: int | None = None) -> UserKey:
+        """Returns the key under `target`, the current version when None, of the person whose key under
+        `version` is given; needs no raw id.
+        """
+        for step in self._later[version - 1 : None if target is None else target - 1]:
             user_key = step.digest(user_key)[:USER_KEY_BYTES]
         return UserKey(user_key)

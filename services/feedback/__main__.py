@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -16,23 +16,39 @@ from shopkeeper.feedback.v1 import feedback_service_pb2_grpc
 from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
 from services.feedback.converters.events import EventReader
 from services.feedback.converters.identities import Door
+from services.feedback.converters.imports import ImportDirectory
 from services.feedback.domain.bots import RateBotDetector
 from services.feedback.servicer import SERVICE_NAME, FeedbackServicer, UseCases
 from services.feedback.settings import FeedbackSettings
+from services.feedback.storage.exclusive import (
+    IMPORTS_LOCK,
+    RETENTION_LOCK,
+    ROTATION_LOCK,
+    ExclusiveWorker,
+)
 from services.feedback.storage.experiments import PostgresExperiments
 from services.feedback.storage.group_commit import GroupCommitLog
+from services.feedback.storage.imports import PostgresImports
+from services.feedback.storage.impressions import PostgresImpressions
+from services.feedback.storage.key_rotation import PostgresKeyRotation
 from services.feedback.storage.log_writer import LogWriter, verify_durability
 from services.feedback.storage.metrics import PostgresMetrics
 from services.feedback.storage.notifier import LogNotifier
 from services.feedback.storage.people import PostgresPeople
+from services.feedback.storage.retention import PostgresPurge, Retention
 from services.feedback.storage.text_cipher import TextCipher
 from services.feedback.use_cases import (
     ExportUser,
     ForgetUser,
     ManageConsent,
+    ManageImports,
     MeasureMetrics,
+    PurgeEvents,
     RecordEvents,
+    RotateUserKeys,
     RunExperiments,
+    RunImports,
+    ValuePolicies,
 )
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
@@ -56,6 +72,13 @@ class Feedback:
     log: GroupCommitLog
     notifier: LogNotifier
     database: Database
+    workers: Sequence[ExclusiveWorker]
+    stopped: threading.Event
+
+    def start(self) -> None:
+        """Begins the work that one replica does for all."""
+        for worker in self.workers:
+            worker.start()
 
     def register(self, server: grpc.Server) -> None:
         """Adds the servicer to a server."""
@@ -63,6 +86,9 @@ class Feedback:
 
     def close(self) -> None:
         """Commits what waits, then lets go of the database."""
+        self.stopped.set()
+        for worker in self.workers:
+            worker.stop()
         self.log.close()
         self.notifier.close()
         self.database.close()
@@ -87,16 +113,30 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     people = PostgresPeople(database, cipher)
     notifier = LogNotifier(database, interval_seconds=settings.notify_interval_ms / 1000)
     log = GroupCommitLog(
-        LogWriter(database, cipher),
+        LogWriter(database, cipher, door.key_version),
         max_rows=settings.commit_max_rows,
         queue_rows=settings.commit_queue_rows,
         on_commit=notifier.wake,
     )
     metrics = PostgresMetrics(database)
     experiments = RunExperiments(PostgresExperiments(database), metrics, clock)
+    record_events = RecordEvents(log, RateBotDetector(settings.bot_views_per_minute))
+    reader = EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days)
+    stopped = threading.Event()
+    rotation = PostgresKeyRotation(
+        database, cipher, door.key_chain, on_commit=notifier.wake, wait=stopped.wait
+    )
+    rotation.adopt_consents()
+    imports = PostgresImports(database)
+    files = ImportDirectory(settings.import_path, reader)
+    run_imports = RunImports(imports, files, record_events, clock, stopped)
+    retention = Retention(database, settings.retention_days, clock.now)
+    importer = ExclusiveWorker("imports", database, IMPORTS_LOCK, run_imports.run_next, idle_seconds=2.0)
+    rotator = ExclusiveWorker("key-rotation", database, ROTATION_LOCK, rotation.step, idle_seconds=5.0)
+    keeper = ExclusiveWorker("retention", database, RETENTION_LOCK, retention.run, idle_seconds=3_600.0)
     servicer = FeedbackServicer(
         UseCases(
-            RecordEvents(log, RateBotDetector(settings.bot_views_per_minute)),
+            record_events,
             ManageConsent(people, clock, notifier.wake),
             ForgetUser(
                 people, RegistryModelVersions(settings.registry_path), receipt_signer, clock, notifier.wake
@@ -104,14 +144,19 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
             ExportUser(people, people),
             MeasureMetrics(metrics, clock),
             experiments,
+            ValuePolicies(PostgresImpressions(database)),
+            ManageImports(imports, files, clock, importer.wake),
+            PurgeEvents(PostgresPurge(database)),
+            RotateUserKeys(rotation, clock, rotator.wake),
         ),
-        EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days),
+        reader,
         door,
         signer,
         commit_timeout_seconds=settings.commit_timeout_seconds,
         stream_read_ahead=settings.stream_read_ahead,
     )
-    return Feedback(servicer, people, experiments, log, notifier, database)
+    workers = (importer, rotator, keeper)
+    return Feedback(servicer, people, experiments, log, notifier, database, workers, stopped)
 
 
 def serve() -> None:
@@ -130,9 +175,11 @@ def serve() -> None:
     stopped = threading.Event()
     server.on_drain(stopped.set)
     server.on_drain(feedback.servicer.drain)
+    server.on_drain(feedback.stopped.set)
     try:
         server.start()
         server.set_ready(True)
+        feedback.start()
         threading.Thread(
             target=_watch_database,
             args=(feedback, server, telemetry, stopped),

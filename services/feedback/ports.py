@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, Protocol
 
 from services.feedback.domain.consent import Consent, Erasure, ModelVersion
 from services.feedback.domain.events import Appended, EventColumns
-from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, RowSample
 from services.feedback.domain.experiments import Experiment, Observation, State, StopCause
-from services.feedback.domain.metrics import Measurement, MetricsQuery
+from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, RowSample
+from services.feedback.domain.key_rotation import KeyRotation
+from services.feedback.domain.metrics import Measurement, Metric, MetricsQuery
+from services.feedback.domain.off_policy import LoggedImpressions
 
 
 class EventLog(Protocol):
@@ -152,8 +154,15 @@ class ImportStore(Protocol):
 class ImportFile(Protocol):
     """An opened file. Reading it again yields the same parts."""
 
-    digest: bytes
-    total_rows: int
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the file."""
+        ...
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of the file; 0 where that is not known before the end."""
+        ...
 
     def parts(self) -> Iterator[ImportPart]:
         """Yields the events from the first."""
@@ -169,6 +178,46 @@ class ImportFiles(Protocol):
 
     def open(self, source: str, created_at: datetime) -> ImportFile:
         """Opens the file of a source; raises ShopkeeperError with the problem and its remedy."""
+        ...
+
+
+class PurgeStore(Protocol):
+    """Events of a time range, all at once."""
+
+    def purge(
+        self,
+        start: datetime | None,
+        end: datetime,
+        kinds: Sequence[int],
+        *,
+        force: bool,
+        goes_on: Callable[[], bool],
+    ) -> int:
+        """Returns the number of events that are erased, or would be without `force`."""
+        ...
+
+
+class KeyRotationStore(Protocol):
+    """Rotations of the user key."""
+
+    def begin(self, rows_per_second: int, now: datetime) -> KeyRotation:
+        """Returns the rotation to the current version that is under way, or a new one."""
+        ...
+
+    def get(self, rotation_id: str) -> KeyRotation:
+        """Returns a rotation; raises NotFound (KEY_ROTATION_NOT_FOUND)."""
+        ...
+
+
+class ImpressionStore(Protocol):
+    """Impressions with their propensities."""
+
+    def read(self, placement: str, start: datetime, end: datetime, reward: Metric) -> LoggedImpressions:
+        """Returns the impressions of a shelf in [start, end), each with what it earned until now.
+
+        Raises:
+            FailedPrecondition: TOO_MANY_IMPRESSIONS.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 from prometheus_client import Counter
@@ -16,6 +16,7 @@ from shopkeeper.feedback.v1 import (
     experiment_pb2,
     feedback_service_pb2,
     feedback_service_pb2_grpc,
+    import_pb2,
     metrics_pb2,
 )
 
@@ -30,25 +31,37 @@ from services.feedback.converters.experiments import (
     to_report,
 )
 from services.feedback.converters.identities import Door
+from services.feedback.converters.imports import (
+    from_import_events,
+    from_list_imports,
+    to_import,
+    to_list_imports,
+)
 from services.feedback.converters.metrics import (
     confidence_level,
     from_get_metrics,
     from_watch_metrics,
     to_metrics,
 )
+from services.feedback.converters.off_policy import from_estimate, to_policy_value
 from services.feedback.converters.people import from_consent, to_consent, to_receipt
 from services.feedback.converters.results import to_consistency_token, to_results
+from services.feedback.converters.upkeep import from_purge_events, from_rotate_user_keys, to_key_rotation
 from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
 from services.feedback.use_cases import (
     ExportUser,
     ForgetUser,
     ManageConsent,
+    ManageImports,
     MeasureMetrics,
     PendingBatch,
+    PurgeEvents,
     RecordEvents,
+    RotateUserKeys,
     RunExperiments,
+    ValuePolicies,
 )
-from shared.errors import ResourceExhausted, Unavailable, Unimplemented
+from shared.errors import ResourceExhausted, Unavailable
 from shared.event_kinds import EventKind
 from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
@@ -68,6 +81,10 @@ class UseCases:
     export_user: ExportUser
     metrics: MeasureMetrics
     experiments: RunExperiments
+    policies: ValuePolicies
+    imports: ManageImports
+    purge: PurgeEvents
+    rotation: RotateUserKeys
 
 
 class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
@@ -288,51 +305,78 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
             report.reported_at,
         )
 
-    # The contract holds these; this version does not.
+    # Imports
 
-    def ImportEvents(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("ImportEvents", "`shopkeeper import`, or RecordEvents in batches of 1,000")
+    def ImportEvents(
+        self, request: feedback_service_pb2.ImportEventsRequest, context: grpc.ServicerContext
+    ) -> import_pb2.Import:
+        """Begins an import."""
+        source, request_id = from_import_events(request)
+        return to_import(self._use_cases.imports.begin(source, request_id))
 
-    def GetImport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("GetImport", "`shopkeeper import`, which reports its progress")
+    def GetImport(
+        self, request: feedback_service_pb2.GetImportRequest, context: grpc.ServicerContext
+    ) -> import_pb2.Import:
+        """Returns an import."""
+        return to_import(self._use_cases.imports.get(request.import_id))
 
-    def ListImports(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("ListImports", "`shopkeeper import`, which reports its progress")
+    def ListImports(
+        self, request: feedback_service_pb2.ListImportsRequest, context: grpc.ServicerContext
+    ) -> feedback_service_pb2.ListImportsResponse:
+        """Returns imports, newest first."""
+        after, limit = from_list_imports(request, self._signer)
+        return to_list_imports(self._use_cases.imports.page(after, limit + 1), limit, self._signer)
 
-    def WatchImport(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-        """Not built yet."""
-        raise _not_built("WatchImport", "`shopkeeper import`, which reports its progress")
+    def WatchImport(
+        self, request: feedback_service_pb2.WatchImportRequest, context: grpc.ServicerContext
+    ) -> Iterator[import_pb2.Import]:
+        """Follows an import to its end."""
+        for one in self._use_cases.imports.watch(request.import_id, self._draining, context.is_active):
+            yield to_import(one)
 
-    def CancelImport(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built(
-            "CancelImport", "`shopkeeper import`, which Ctrl-C ends; a repetition goes on from there"
+    def CancelImport(
+        self, request: feedback_service_pb2.CancelImportRequest, context: grpc.ServicerContext
+    ) -> import_pb2.Import:
+        """Stops an import."""
+        return to_import(self._use_cases.imports.cancel(request.import_id))
+
+    # Upkeep
+
+    def PurgeEvents(
+        self, request: feedback_service_pb2.PurgeEventsRequest, context: grpc.ServicerContext
+    ) -> feedback_service_pb2.PurgeEventsResponse:
+        """Erases events of a time range, or counts them."""
+        start, end, kinds = from_purge_events(request)
+        count = self._use_cases.purge.purge(start, end, kinds, force=request.force, goes_on=context.is_active)
+        return feedback_service_pb2.PurgeEventsResponse(event_count=count, dry_run=not request.force)
+
+    def RotateUserKeys(
+        self, request: feedback_service_pb2.RotateUserKeysRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.KeyRotation:
+        """Begins a rotation of the user key, or goes on with it."""
+        return to_key_rotation(self._use_cases.rotation.begin(from_rotate_user_keys(request)))
+
+    def GetKeyRotation(
+        self, request: feedback_service_pb2.GetKeyRotationRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.KeyRotation:
+        """Returns a rotation of the user key."""
+        return to_key_rotation(self._use_cases.rotation.get(request.key_rotation_id))
+
+    def EstimatePolicyValue(
+        self, request: feedback_service_pb2.EstimatePolicyValueRequest, context: grpc.ServicerContext
+    ) -> experiment_pb2.PolicyValue:
+        """Estimates what another policy would have earned."""
+        asked = from_estimate(request, datetime.now(UTC))
+        estimate, currency_code = self._use_cases.policies.estimate(
+            asked.placement,
+            asked.start,
+            asked.end,
+            asked.reward,
+            asked.policy,
+            asked.weight_clip,
+            asked.confidence_level,
         )
-
-    def PurgeEvents(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("PurgeEvents", "ForgetUser for single persons")
-
-    def RotateUserKeys(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("RotateUserKeys", "the current user key; keep every version in the key directory")
-
-    def GetKeyRotation(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("GetKeyRotation", "the current user key; keep every version in the key directory")
-
-    def EstimatePolicyValue(self, request: Any, context: grpc.ServicerContext) -> NoReturn:
-        """Not built yet."""
-        raise _not_built("EstimatePolicyValue", "a live comparison by serving_config, and GetMetrics")
-
-
-def _not_built(method: str, instead: str) -> Unimplemented:
-    return Unimplemented(
-        "NOT_BUILT_YET", f"{method} is not built in this version. Use {instead}.", {"method": method}
-    )
+        return to_policy_value(estimate, currency_code)
 
 
 def _count(batch: ReadBatch, recorded: RecordedBatch) -> None:

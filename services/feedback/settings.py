@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from shared.settings import Address, ServiceSettings
@@ -37,9 +39,23 @@ class FeedbackSettings(ServiceSettings):
     stream_read_ahead: int = Field(
         4, ge=1, le=64, description="Batches that one stream may have on their way before it is slowed down."
     )
+    import_directory: Path | None = Field(
+        None, description="Directory whose files `ImportEvents` may read. Defaults to <home>/imports."
+    )
+    retention_days: int = Field(
+        0,
+        ge=0,
+        le=36_525,
+        description="Months of the log that lie wholly before so many days are dropped; 0 keeps them for ever.",
+    )
     experiment_check_seconds: float = Field(
         60.0,
         gt=0,
         le=86_400,
         description="How often running experiments are checked for broken guard rails and a broken split.",
     )
+
+    @property
+    def import_path(self) -> Path:
+        """The directory of files to import."""
+        return self.import_directory or self.home / "imports"

@@ -26,18 +26,30 @@ from services.feedback.domain.experiments import (
     StopCause,
     judge,
 )
-from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, advanced, merged_samples
-from services.feedback.domain.metrics import Dimension, Measurement, MetricsQuery
+from services.feedback.domain.imports import (
+    Import,
+    ImportPart,
+    ImportProgress,
+    ImportState,
+    advanced,
+    merged_samples,
+)
+from services.feedback.domain.key_rotation import KeyRotation
+from services.feedback.domain.metrics import Dimension, Measurement, Metric, MetricsQuery
+from services.feedback.domain.off_policy import PolicyEstimate, TargetPolicy, estimate_policy_value
 from services.feedback.ports import (
     Clock,
     ConsentStore,
     EventLog,
+    ExperimentStore,
     ImportFiles,
     ImportStore,
-    ExperimentStore,
+    ImpressionStore,
+    KeyRotationStore,
     MetricsStore,
     ModelVersions,
     PersonStore,
+    PurgeStore,
     ReceiptSigner,
 )
 from shared.errors import DeadlineExceeded, ResourceExhausted, ShopkeeperError, Unavailable
@@ -271,6 +283,47 @@ class RunExperiments:
         return stopped
 
 
+class PurgeEvents:
+    """Erases events of a time range, or says how many there are."""
+
+    def __init__(self, store: PurgeStore) -> None:
+        self._store = store
+
+    def purge(
+        self,
+        start: datetime | None,
+        end: datetime,
+        kinds: Sequence[int],
+        *,
+        force: bool,
+        goes_on: Callable[[], bool],
+    ) -> int:
+        """Returns the number of events erased, or that would be without `force`.
+
+        Ends early, and keeps what is done, when nobody waits for the answer any more.
+        """
+        return self._store.purge(start, end, kinds, force=force, goes_on=goes_on)
+
+
+class RotateUserKeys:
+    """Brings all stored pseudonyms to the newest user key."""
+
+    def __init__(self, store: KeyRotationStore, clock: Clock, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._clock = clock
+        self._wake = wake
+
+    def begin(self, rows_per_second: int) -> KeyRotation:
+        """Begins a rotation, or goes on with the one under way."""
+        rotation = self._store.begin(rows_per_second, self._clock.now())
+        self._wake()
+        return rotation
+
+    def get(self, rotation_id: str) -> KeyRotation:
+        """Returns a rotation; raises NotFound."""
+        return self._store.get(rotation_id)
+
+
 IMPORT_COMMIT_TIMEOUT_SECONDS = 60.0
 # Parts of an import that may wait for their commit at once: enough to keep it busy, and no more.
 IMPORT_READ_AHEAD = 2
@@ -279,10 +332,13 @@ IMPORT_READ_AHEAD = 2
 class ManageImports:
     """Begins, follows and cancels imports."""
 
-    def __init__(self, store: ImportStore, files: ImportFiles, clock: Clock) -> None:
+    def __init__(
+        self, store: ImportStore, files: ImportFiles, clock: Clock, wake: Callable[[], None] = lambda: None
+    ) -> None:
         self._store = store
         self._files = files
         self._clock = clock
+        self._wake = wake
 
     def begin(self, source: str, request_id: str) -> Import:
         """Returns a new import, or the earlier one of the same request id.
@@ -292,7 +348,9 @@ class ManageImports:
         """
         now = self._clock.now()
         self._files.open(source, now)
-        return self._store.create(source, request_id, now)
+        created = self._store.create(source, request_id, now)
+        self._wake()
+        return created
 
     def get(self, import_id: str) -> Import:
         """Returns an import; raises NotFound."""
@@ -424,6 +482,28 @@ class RunImports:
 
 class _ServiceStops(Exception):
     """The service ends; what is not settled is for its successor."""
+
+
+class ValuePolicies:
+    """Says what another policy would have earned."""
+
+    def __init__(self, store: ImpressionStore) -> None:
+        self._store = store
+
+    def estimate(
+        self,
+        placement: str,
+        start: datetime,
+        end: datetime,
+        reward: Metric,
+        policy: TargetPolicy,
+        weight_clip: float,
+        confidence_level: float,
+    ) -> tuple[PolicyEstimate, str]:
+        """Returns the estimates and the currency of money; raises FailedPrecondition rather than guess."""
+        impressions = self._store.read(placement, start, end, reward)
+        estimate = estimate_policy_value(impressions, policy, weight_clip, confidence_level)
+        return estimate, impressions.currency_code
 
 
 def _json_line(fields: dict[str, Any]) -> str:

@@ -28,7 +28,9 @@ class EventBatch:
         price_micros: (L,) int64, unit price in millionths; -1 where unknown.
         currency_codes: L codes, "" where there is no price.
         values: (E,) float64, the rating; NaN for events without one.
-        session_ids, order_ids, queries, attribution_tokens: E texts each, "" where unknown.
+        session_ids, order_ids, queries, attribution_tokens, texts: E texts each, "" where unknown.
+        row_numbers: (E,) int64, the row of the file, from 1, that an event (or its first line) came from;
+            empty when it came from no file.
     """
 
     event_ids: Sequence[str]
@@ -45,6 +47,8 @@ class EventBatch:
     order_ids: Sequence[str]
     queries: Sequence[str]
     attribution_tokens: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    row_numbers: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         events, lines = len(self.event_ids), len(self.item_ids)
@@ -73,7 +77,8 @@ class EventBatch:
             self.occurred_at_us[start:end], self.offsets[start : end + 1] - first, self.item_ids[first:last],
             self.quantities[first:last], self.price_micros[first:last], self.currency_codes[first:last],
             self.values[start:end], self.session_ids[start:end], self.order_ids[start:end],
-            self.queries[start:end], self.attribution_tokens[start:end],
+            self.queries[start:end], self.attribution_tokens[start:end], self.texts[start:end],
+            self.row_numbers[start:end],
         )  # fmt: skip
 
 

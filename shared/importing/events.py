@@ -42,9 +42,10 @@ MAX_LINES_PER_EVENT = 500
 MAX_EVENT_ID = 128
 MAX_REFERENCE = 128
 MAX_QUERY = 1_024
+MAX_TEXT = 20_000
 KINDS_WITHOUT_ITEM = (EventKind.SEARCH, EventKind.PAGE_VIEW)
 _LINE_KINDS = (EventKind.PURCHASE, EventKind.RETURN)
-_TEXT_FIELDS = ("session", "order", "query", "title", "category", "brand")
+_TEXT_FIELDS = ("session", "order", "query", "title", "category", "brand", "event_id", "text")
 
 
 def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
@@ -112,6 +113,21 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
             searched & ((length == 0) | (length > MAX_QUERY)), "query", query,
             f"is not 1 to {MAX_QUERY} characters long", "Name the column of the words as `query`, or drop such rows",
         )  # fmt: skip
+    written = kind == EventKind.REVIEW
+    if written.any():
+        text = pc.fill_null(texts["text"], "") if "text" in texts else pa.array([""] * rows)
+        length = pc.utf8_length(text).to_numpy(zero_copy_only=False)
+        # Shown nowhere: it is what a person wrote.
+        columns.reject(
+            written & ((length == 0) | (length > MAX_TEXT)), "text", None,
+            f"is not 1 to {MAX_TEXT} characters long", "Name the column of the words as `text`, or drop such rows",
+        )  # fmt: skip
+    if "event_id" in texts:
+        length = pc.utf8_length(pc.fill_null(texts["event_id"], "")).to_numpy(zero_copy_only=False)
+        columns.reject(
+            (length == 0) | (length > MAX_EVENT_ID), "event_id", None,
+            f"is not 1 to {MAX_EVENT_ID} characters long", "Give every row an id, or do not name the column",
+        )  # fmt: skip
     currency = _currency(columns, rows)
     # A price without a currency is no price: the contract refuses one without the other.
     currency_known = _mask(pc.not_equal(currency, ""))
@@ -127,7 +143,10 @@ def typed_lines(columns: Columns, source: Source, now_us: int) -> pa.Table:
         **{f: pc.fill_null(texts[f], "") if f in texts else pa.nulls(rows, pa.string()).fill_null("")
            for f in _TEXT_FIELDS},
     }  # fmt: skip
-    return pa.table(table).filter(pa.array(columns.keep))
+    kept = pa.table(table).filter(pa.array(columns.keep))
+    number_of = columns.chunk.row_number
+    numbers = [number_of(row) for row in np.flatnonzero(columns.keep).tolist()]
+    return kept.append_column("row", pa.array(numbers, pa.int64()))
 
 
 def _drop(columns: Columns, rule: DropRule) -> None:
@@ -272,8 +291,9 @@ def single_events(
     user, item = lines["user"].to_pylist(), lines["item"].to_pylist()
     kind, time = lines["kind"].to_numpy(), lines["time"].to_numpy()
     session, order, query = (lines[f].to_pylist() for f in ("session", "order", "query"))
+    text, given_ids = lines["text"].to_pylist(), lines["event_id"].to_pylist()
     columns = (user, item, kind.tolist(), time.tolist(), lines["quantity"].to_pylist(), lines["price"].to_pylist(),
-               lines["value"].to_pylist(), session, order, query)  # fmt: skip
+               lines["value"].to_pylist(), session, order, query, *([text] if any(text) else []))  # fmt: skip
     digests = [
         blake2b("\x1f".join(map(str, row)).encode(), digest_size=12).digest()
         for row in zip(*columns, strict=True)
@@ -291,6 +311,9 @@ def single_events(
         ids = [ids[i] for i in rows]
         user, item, kind, time = lines["user"].to_pylist(), lines["item"].to_pylist(), kind[rows], time[rows]
         session, order, query = (lines[f].to_pylist() for f in ("session", "order", "query"))
+        text, given_ids = lines["text"].to_pylist(), lines["event_id"].to_pylist()
+    if any(given_ids):
+        ids = [given or made for given, made in zip(given_ids, ids, strict=True)]
     has_item = np.array([bool(i) for i in item], bool)
     kept = np.flatnonzero(has_item)
     offsets = np.concatenate(([0], np.cumsum(has_item))).astype(np.int64)
@@ -298,7 +321,7 @@ def single_events(
         ids, user, kind.astype(np.uint8), time, offsets, item if len(kept) == len(item) else [item[i] for i in kept],
         lines["quantity"].to_numpy()[kept], lines["price"].to_numpy()[kept],
         _take(lines["currency"].to_pylist(), kept), lines["value"].to_numpy(), session, order, query,
-        [""] * len(ids),
+        [""] * len(ids), text, lines["row"].to_numpy(),
     )  # fmt: skip
 
 
@@ -347,6 +370,7 @@ def order_events(lines: pa.Table, name: str) -> Iterator[EventBatch]:
         lines["item"].to_pylist(), lines["quantity"].to_numpy(), lines["price"].to_numpy(),
         lines["currency"].to_pylist(), lines["value"].to_numpy()[heads],
         _take(lines["session"].to_pylist(), heads), orders, [""] * len(ids), [""] * len(ids),
+        _take(lines["text"].to_pylist(), heads), lines["row"].to_numpy()[heads],
     )  # fmt: skip
     yield batch
 

@@ -25,7 +25,7 @@ from shared.importing.problems import ImportRefused
 FORMATS = ("auto", "csv", "jsonl", "parquet", "words", "sequences", "json_map")
 EVENT_FIELDS = (
     "user", "item", "time", "quantity", "price", "value", "currency", "order", "session", "kind", "query",
-    "title", "category", "brand",
+    "title", "category", "brand", "event_id", "text",
 )  # fmt: skip
 ITEM_FIELDS = (
     "item", "title", "description", "category", "brand", "price", "currency", "image", "created", "available",
@@ -42,6 +42,7 @@ KINDS = {
         EventKind.PURCHASE,
         EventKind.RETURN,
         EventKind.RATING,
+        EventKind.REVIEW,
         EventKind.WISH_LIST,
         EventKind.SHARE,
         EventKind.RECOMMENDATION_CLICK,

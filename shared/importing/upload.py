@@ -84,7 +84,8 @@ def event_messages(batch: EventBatch) -> list[event_pb2.Event]:
                     add(item_id=items[at], quantity=quantities[at], price_micros=prices[at])
                     order.currency_code = currencies[at]
         else:
-            _fill_single(event, kind, items[first] if last > first else "", values[e], batch.queries[e])
+            text = batch.texts[e] if kind == EventKind.REVIEW else batch.queries[e]
+            _fill_single(event, kind, items[first] if last > first else "", values[e], text)
             if kind in (EventKind.ITEM_VIEW, EventKind.ADD_TO_CART) and prices[first] != UNKNOWN_PRICE:
                 detail = event.item_view if kind == EventKind.ITEM_VIEW else event.add_to_cart
                 detail.price_micros, detail.currency_code = prices[first], currencies[first]
@@ -96,7 +97,7 @@ def event_messages(batch: EventBatch) -> list[event_pb2.Event]:
     return messages
 
 
-def _fill_single(event: event_pb2.Event, kind: int, item_id: str, value: float, query: str) -> None:
+def _fill_single(event: event_pb2.Event, kind: int, item_id: str, value: float, text: str) -> None:
     if kind == EventKind.ITEM_VIEW:
         event.item_view.item_id = item_id
     elif kind == EventKind.ADD_TO_CART:
@@ -106,6 +107,11 @@ def _fill_single(event: event_pb2.Event, kind: int, item_id: str, value: float, 
     elif kind == EventKind.RATING:
         event.rating.item_id = item_id
         event.rating.stars = value
+    elif kind == EventKind.REVIEW:
+        event.review.item_id = item_id
+        event.review.text = text
+        if value == value:  # NaN: no stars were given.
+            event.review.stars = value
     elif kind == EventKind.WISH_LIST:
         event.wish_list.item_id = item_id
     elif kind == EventKind.SHARE:
@@ -113,7 +119,7 @@ def _fill_single(event: event_pb2.Event, kind: int, item_id: str, value: float, 
     elif kind == EventKind.RECOMMENDATION_CLICK:
         event.recommendation_click.item_id = item_id
     elif kind == EventKind.SEARCH:
-        event.search.query = query
+        event.search.query = text
     elif kind == EventKind.PAGE_VIEW:
         event.page_view.SetInParent()
         if item_id:

@@ -75,6 +75,11 @@ class Shop:
             cursor = connection.execute(query, parameters or None)
             return cursor.fetchall() if cursor.description else []
 
+    @property
+    def imports(self) -> Path:
+        """The directory of files to import; not made yet."""
+        return self.registry.parent / "imports"
+
     def count(self) -> int:
         return int(self.sql("SELECT count(*) FROM feedback.events")[0][0])
 
@@ -109,7 +114,11 @@ def shop(
     database_url: str, keys_dir: Path, tmp_path: Path, serve: Callable[..., grpc.Channel]
 ) -> Iterator[Shop]:
     settings = FeedbackSettings(
-        listen="127.0.0.1:0", log_level="warning", keys=keys_dir, registry=tmp_path / "registry"
+        listen="127.0.0.1:0",
+        log_level="warning",
+        keys=keys_dir,
+        registry=tmp_path / "registry",
+        import_directory=tmp_path / "imports",
     )
     feedback = wire(settings, database_url)
     channel = serve(feedback.register, service_names=(SERVICE_NAME,), settings=settings)

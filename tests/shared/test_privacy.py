@@ -48,6 +48,7 @@ def test_a_pseudonym_is_brought_to_the_current_version_without_the_raw_id() -> N
     for version in (1, 2, 3):
         old = naive_key("alice", version)
         assert pseudonymizer.rotated(old, version) == pseudonymizer.user_key("alice")
+        assert pseudonymizer.rotated(naive_key("alice", 1), 1, version) == old
 
 
 def test_a_gap_in_the_chain_of_versions_is_refused_by_name(tmp_path: Path) -> None:

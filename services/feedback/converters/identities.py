@@ -56,6 +56,16 @@ class Door:
         """Reads the keys; fails with FailedPrecondition where one is missing."""
         return cls(Pseudonymizer.from_directory(keys), read_secret(keys, "tombstone_key"))
 
+    @property
+    def key_version(self) -> int:
+        """The version of the user keys that `keys_of` returns."""
+        return self._pseudonymizer.current_version
+
+    @property
+    def key_chain(self) -> Pseudonymizer:
+        """What brings stored user keys to the current version."""
+        return self._pseudonymizer
+
     def keys_of(self, user_id: str) -> tuple[bytes, bytes]:
         """Returns the current user key and the tombstone key; raises InvalidInput for a bad id."""
         normal = (user_id if is_plain_id(user_id) else normalise_user_id(user_id)).encode()

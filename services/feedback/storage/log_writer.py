@@ -69,8 +69,8 @@ _PARAMETERS: tuple[tuple[str, str, str], ...] = (
 # Sorted: two transactions that store the same keys wait for each other in one direction, never in a circle.
 _INSERT = """
 WITH stored AS (
-    INSERT INTO feedback.events ({columns})
-    SELECT {values}
+    INSERT INTO feedback.events ({columns}, key_version)
+    SELECT {values}, {{key_version}}
     FROM unnest({arrays}) AS u ({names})
     WHERE NOT EXISTS (SELECT FROM feedback.tombstones AS t WHERE t.tombstone_key = u.tombstone_key)
     ORDER BY u.event_key
@@ -97,8 +97,8 @@ _STORED_DIGESTS = (
 _FORGOTTEN = "SELECT tombstone_key FROM feedback.tombstones WHERE tombstone_key = ANY (%s::bytea[])"
 
 _NEW_DATA_KEYS = """
-INSERT INTO feedback.data_keys (key_id, user_key, wrapped_key)
-SELECT u.key_id, u.user_key, u.wrapped_key
+INSERT INTO feedback.data_keys (key_id, user_key, wrapped_key, key_version)
+SELECT u.key_id, u.user_key, u.wrapped_key, %s
 FROM unnest(%s::uuid[], %s::bytea[], %s::bytea[], %s::bytea[]) AS u (key_id, user_key, wrapped_key, tombstone_key)
 WHERE NOT EXISTS (SELECT FROM feedback.tombstones AS t WHERE t.tombstone_key = u.tombstone_key)
 ORDER BY u.user_key
@@ -108,11 +108,17 @@ _DATA_KEYS = "SELECT user_key, uuid_send(key_id), wrapped_key FROM feedback.data
 
 
 class LogWriter:
-    """Appends to the log over a connection of its own. Used by one thread."""
+    """Appends to the log over a connection of its own. Used by one thread.
 
-    def __init__(self, database: Database, cipher: TextCipher) -> None:
+    Args:
+        key_version: the version of the user key that the user keys of the rows are under.
+    """
+
+    def __init__(self, database: Database, cipher: TextCipher, key_version: int = 1) -> None:
         self._database = database
         self._cipher = cipher
+        self._key_version = key_version
+        self._statement = _INSERT.format(key_version=int(key_version))
         self._connection: psycopg.Connection[Any] | None = None
         self._months: set[int] = set()
         self._texts = pg_arrays.TextArrays()
@@ -192,14 +198,14 @@ class LogWriter:
                 connection.execute("BEGIN")
                 # The lock is taken by a statement of its own, so that the snapshot of the next one is younger.
                 connection.execute(_SHARE_WRITERS)
-                cursor = connection.execute(_INSERT, parameters, prepare=True, binary=True)
+                cursor = connection.execute(self._statement, parameters, prepare=True, binary=True)
                 connection.execute("COMMIT")
         else:
             with connection.transaction():
                 connection.execute(_SHARE_WRITERS)
                 texts = self._encrypted(connection, columns)
                 parameters = [*self._arrays(columns, texts), len(columns)]
-                cursor = connection.execute(_INSERT, parameters, prepare=True, binary=True)
+                cursor = connection.execute(self._statement, parameters, prepare=True, binary=True)
         row = cursor.fetchone()
         assert row is not None
         return row[0], row[1], row[2]
@@ -249,6 +255,7 @@ class LogWriter:
             connection.execute(
                 _NEW_DATA_KEYS,
                 [
+                    self._key_version,
                     pg_arrays.uuid_array(key_ids),
                     pg_arrays.key_array(new),
                     pg_arrays.bytes_array([self._cipher.new_wrapped_key(key_id) for key_id in key_ids]),

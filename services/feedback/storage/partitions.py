@@ -98,3 +98,30 @@ def ensure_month(connection: psycopg.Connection[Any], month: int) -> None:
                 "ALTER TABLE feedback.events ATTACH PARTITION {name} FOR VALUES FROM ({low}) TO ({high})"
             ).format(**bounds)
         )
+
+
+def drop_month(connection: psycopg.Connection[Any], month: int) -> int:
+    """Detaches and drops the partition of a month, in one transaction; returns the number of its rows.
+
+    An event of that month that comes later goes to the default partition, or makes the month anew.
+
+    Raises:
+        psycopg.errors.LockNotAvailable: a long reader holds the log; try again later.
+    """
+    name = sql.Identifier("feedback", partition_name(month))
+    with connection.transaction():
+        connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT_MS)))
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (PARTITIONS_LOCK,))
+        if month not in existing_months(connection):
+            return 0
+        connection.execute(sql.SQL("ALTER TABLE feedback.events DETACH PARTITION {}").format(name))
+        row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(name)).fetchone()
+        connection.execute(sql.SQL("DROP TABLE {}").format(name))
+    return int(row[0]) if row else 0
+
+
+def erase_from_default(connection: psycopg.Connection[Any], month: int) -> int:
+    """Erases events before a month that no month's partition took; returns their number."""
+    return connection.execute(
+        "DELETE FROM feedback.events_default WHERE event_key < %s::uuid", (_first_key_of_month(month),)
+    ).rowcount

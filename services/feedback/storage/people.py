@@ -78,7 +78,12 @@ class PostgresPeople:
                 "updated_at": now,
             }
             # Under every key version: rows written before a rotation obey as well.
-            statement = pg.insert(consents).values([{"user_key": key, **values} for key in user_keys])
+            statement = pg.insert(consents).values(
+                [
+                    {"user_key": key, "key_version": len(user_keys) - place, **values}
+                    for place, key in enumerate(user_keys)
+                ]
+            )
             connection.execute(
                 statement.on_conflict_do_update(
                     index_elements=[consents.c.user_key],

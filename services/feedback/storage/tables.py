@@ -55,6 +55,7 @@ consents = sa.Table(
     sa.Column("marketing", sa.Boolean),
     sa.Column("updated_at", sa.DateTime(timezone=True)),
     sa.Column("xid", sa.Text, server_default=XID8),
+    sa.Column("key_version", sa.SmallInteger),
 )
 
 data_keys = sa.Table(

@@ -31,7 +31,9 @@ class _KeyRotationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyR
     KEY_ROTATION_STATE_RUNNING: _KeyRotationState.ValueType  # 1
     """Rows are being rewritten. A stopped service goes on with it when it starts."""
     KEY_ROTATION_STATE_SUCCEEDED: _KeyRotationState.ValueType  # 2
-    """Every row is under the target key; the older keys may be destroyed."""
+    """Every row is under the target key. The older keys alone open nothing any
+    more; they stay in use, because the newer pseudonyms are made from theirs.
+    """
     KEY_ROTATION_STATE_FAILED: _KeyRotationState.ValueType  # 3
     """It stopped; calling again goes on from there."""
 
@@ -43,7 +45,9 @@ KEY_ROTATION_STATE_UNSPECIFIED: KeyRotationState.ValueType  # 0
 KEY_ROTATION_STATE_RUNNING: KeyRotationState.ValueType  # 1
 """Rows are being rewritten. A stopped service goes on with it when it starts."""
 KEY_ROTATION_STATE_SUCCEEDED: KeyRotationState.ValueType  # 2
-"""Every row is under the target key; the older keys may be destroyed."""
+"""Every row is under the target key. The older keys alone open nothing any
+more; they stay in use, because the newer pseudonyms are made from theirs.
+"""
 KEY_ROTATION_STATE_FAILED: KeyRotationState.ValueType  # 3
 """It stopped; calling again goes on from there."""
 Global___KeyRotationState: _TypeAlias = KeyRotationState  # noqa: Y015

@@ -57,7 +57,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     target policy to say anything. Remedy: a longer range, more exploration in the
     serving configuration, or a target policy nearer to it. Metadata:
     `effectiveSampleSize`, `requiredEffectiveSampleSize`, `supportedFraction`,
-    `requiredSupportedFraction`, `impressionCount`.
+    `requiredSupportedFraction`, `impressionCount`, `userCount`,
+    `requiredUserCount`.
     """
     ERROR_REASON_NOT_BUILT_YET: _ErrorReason.ValueType  # 10
     """`UNIMPLEMENTED`: the contract holds this method, this version of the service
@@ -93,6 +94,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_TOO_MANY_IMPRESSIONS: _ErrorReason.ValueType  # 19
     """`FAILED_PRECONDITION`: the range holds more impressions than are weighed at
     once. Remedy: narrow it. Metadata: `limit`.
+    """
+    ERROR_REASON_IMPORT_REFUSED: _ErrorReason.ValueType  # 20
+    """`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
+    be read, or the one does not fit the other; the message says which column.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -135,7 +140,8 @@ ERROR_REASON_OVERLAP_TOO_THIN: ErrorReason.ValueType  # 9
 target policy to say anything. Remedy: a longer range, more exploration in the
 serving configuration, or a target policy nearer to it. Metadata:
 `effectiveSampleSize`, `requiredEffectiveSampleSize`, `supportedFraction`,
-`requiredSupportedFraction`, `impressionCount`.
+`requiredSupportedFraction`, `impressionCount`, `userCount`,
+`requiredUserCount`.
 """
 ERROR_REASON_NOT_BUILT_YET: ErrorReason.ValueType  # 10
 """`UNIMPLEMENTED`: the contract holds this method, this version of the service
@@ -171,5 +177,9 @@ first. Metadata: `placement`, `experimentId`.
 ERROR_REASON_TOO_MANY_IMPRESSIONS: ErrorReason.ValueType  # 19
 """`FAILED_PRECONDITION`: the range holds more impressions than are weighed at
 once. Remedy: narrow it. Metadata: `limit`.
+"""
+ERROR_REASON_IMPORT_REFUSED: ErrorReason.ValueType  # 20
+"""`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
+be read, or the one does not fit the other; the message says which column.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -426,7 +426,8 @@ class PolicyValue(_message.Message):
     """The share of the weights that were clipped, in [0, 1]."""
     supported_fraction: _builtins.float
     """The mean weight before clipping: the share of the target policy's choices
-    that the policy in service makes at all; 1 when it could make all of them.
+    that the policy in service makes at all; near 1 when it could make all of
+    them. Well above 1, the probabilities given are not those of a policy.
     """
     currency_code: _builtins.str
     """The currency of the reward. Empty unless the reward is the revenue per

@@ -187,7 +187,9 @@ class FeedbackServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportEvents(self, request, context):
-        """Begins to import a file of events, and returns at once.
+        """Begins to import a file of events, and returns at once. Imports run one
+        after another. Fails with `INVALID_ARGUMENT` (`IMPORT_REFUSED`) when the
+        file or its mapping cannot be read.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,7 +260,10 @@ class FeedbackServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PurgeEvents(self, request, context):
-        """Erases events of a time range; a dry run unless `force` is set.
+        """Erases events of a time range; a dry run unless `force` is set. Leaves no
+        tombstones: an event that is sent again later is stored again. When the
+        caller's deadline passes before the end, what was erased stays erased, and
+        calling again goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -266,7 +271,8 @@ class FeedbackServiceServicer:
 
     def RotateUserKeys(self, request, context):
         """Begins, or goes on with, the rewriting of all pseudonyms to the newest user
-        key.
+        key. Needs no raw ids, and so reaches people who never come back. Give every
+        service the new key, and restart it, before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

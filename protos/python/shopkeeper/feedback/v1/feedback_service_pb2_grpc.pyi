@@ -57,7 +57,10 @@ class FeedbackServiceStub:
     no harm if they had been stored.
     """
     ImportEvents: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.ImportEventsRequest, _import_pb2.Import]
-    """Begins to import a file of events, and returns at once."""
+    """Begins to import a file of events, and returns at once. Imports run one
+    after another. Fails with `INVALID_ARGUMENT` (`IMPORT_REFUSED`) when the
+    file or its mapping cannot be read.
+    """
     GetImport: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetImportRequest, _import_pb2.Import]
     """Returns an import. Fails with `NOT_FOUND` (`IMPORT_NOT_FOUND`)."""
     ListImports: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.ListImportsRequest, _feedback_service_pb2.ListImportsResponse]
@@ -88,10 +91,15 @@ class FeedbackServiceStub:
     line alone.
     """
     PurgeEvents: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.PurgeEventsRequest, _feedback_service_pb2.PurgeEventsResponse]
-    """Erases events of a time range; a dry run unless `force` is set."""
+    """Erases events of a time range; a dry run unless `force` is set. Leaves no
+    tombstones: an event that is sent again later is stored again. When the
+    caller's deadline passes before the end, what was erased stays erased, and
+    calling again goes on.
+    """
     RotateUserKeys: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.RotateUserKeysRequest, _consent_pb2.KeyRotation]
     """Begins, or goes on with, the rewriting of all pseudonyms to the newest user
-    key.
+    key. Needs no raw ids, and so reaches people who never come back. Give every
+    service the new key, and restart it, before.
     """
     GetKeyRotation: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetKeyRotationRequest, _consent_pb2.KeyRotation]
     """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`)."""
@@ -148,7 +156,10 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     no harm if they had been stored.
     """
     ImportEvents: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.ImportEventsRequest, _import_pb2.Import]  # type: ignore[assignment]
-    """Begins to import a file of events, and returns at once."""
+    """Begins to import a file of events, and returns at once. Imports run one
+    after another. Fails with `INVALID_ARGUMENT` (`IMPORT_REFUSED`) when the
+    file or its mapping cannot be read.
+    """
     GetImport: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetImportRequest, _import_pb2.Import]  # type: ignore[assignment]
     """Returns an import. Fails with `NOT_FOUND` (`IMPORT_NOT_FOUND`)."""
     ListImports: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.ListImportsRequest, _feedback_service_pb2.ListImportsResponse]  # type: ignore[assignment]
@@ -179,10 +190,15 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     line alone.
     """
     PurgeEvents: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.PurgeEventsRequest, _feedback_service_pb2.PurgeEventsResponse]  # type: ignore[assignment]
-    """Erases events of a time range; a dry run unless `force` is set."""
+    """Erases events of a time range; a dry run unless `force` is set. Leaves no
+    tombstones: an event that is sent again later is stored again. When the
+    caller's deadline passes before the end, what was erased stays erased, and
+    calling again goes on.
+    """
     RotateUserKeys: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.RotateUserKeysRequest, _consent_pb2.KeyRotation]  # type: ignore[assignment]
     """Begins, or goes on with, the rewriting of all pseudonyms to the newest user
-    key.
+    key. Needs no raw ids, and so reaches people who never come back. Give every
+    service the new key, and restart it, before.
     """
     GetKeyRotation: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetKeyRotationRequest, _consent_pb2.KeyRotation]  # type: ignore[assignment]
     """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`)."""
@@ -254,7 +270,10 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_service_pb2.ImportEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_import_pb2.Import, _abc.Awaitable[_import_pb2.Import]]:
-        """Begins to import a file of events, and returns at once."""
+        """Begins to import a file of events, and returns at once. Imports run one
+        after another. Fails with `INVALID_ARGUMENT` (`IMPORT_REFUSED`) when the
+        file or its mapping cannot be read.
+        """
 
     @_abc_1.abstractmethod
     def GetImport(
@@ -339,7 +358,11 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _feedback_service_pb2.PurgeEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_feedback_service_pb2.PurgeEventsResponse, _abc.Awaitable[_feedback_service_pb2.PurgeEventsResponse]]:
-        """Erases events of a time range; a dry run unless `force` is set."""
+        """Erases events of a time range; a dry run unless `force` is set. Leaves no
+        tombstones: an event that is sent again later is stored again. When the
+        caller's deadline passes before the end, what was erased stays erased, and
+        calling again goes on.
+        """
 
     @_abc_1.abstractmethod
     def RotateUserKeys(
@@ -348,7 +371,8 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_consent_pb2.KeyRotation, _abc.Awaitable[_consent_pb2.KeyRotation]]:
         """Begins, or goes on with, the rewriting of all pseudonyms to the newest user
-        key.
+        key. Needs no raw ids, and so reaches people who never come back. Give every
+        service the new key, and restart it, before.
         """
 
     @_abc_1.abstractmethod

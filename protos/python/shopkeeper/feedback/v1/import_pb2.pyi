@@ -118,7 +118,9 @@ class Import(_message.Message):
     stored_count: _builtins.int
     """The number of rows stored."""
     duplicate_count: _builtins.int
-    """The number of rows that were in the log before."""
+    """The number of rows that were in the log before. After a crash, rows whose
+    verdict was lost with it count here too.
+    """
     quarantined_count: _builtins.int
     """The number of rows quarantined."""
     rejected_count: _builtins.int
@@ -241,32 +243,42 @@ class ColumnMapping(_message.Message):
     Defaults to UTC.
     """
     event_id_column: _builtins.str
-    """The column of the event id. Without one, ids are made from the file's
-    digest and the row's number, so that a second import stores nothing.
+    """The column of the event id. Without one, ids are made of the row's content,
+    and of how many equal rows came before it, so that a second import stores
+    nothing, also of a later file that repeats the rows.
     """
     item_id_column: _builtins.str
     """The column of the item id."""
     kind_column: _builtins.str
     """The column of the kind."""
     default_kind: _event_kind_pb2.EventKind.ValueType
-    """The kind of rows that name none."""
+    """The kind of rows that name none. Required without `kind_column`. Kinds that
+    columns cannot tell (advertising, support, surveys) fail with
+    `INVALID_ARGUMENT`.
+    """
     quantity_column: _builtins.str
     """The column of the quantity. A negative one in a purchase means a return."""
     price_column: _builtins.str
     """The column of the price of one, in units of the currency, not micros."""
     currency_code: _builtins.str
-    """The ISO 4217 code of all prices."""
+    """The ISO 4217 code of all prices. Required with `price_column`."""
     order_id_column: _builtins.str
-    """The column of the order id; rows of one order become one purchase."""
+    """The column of the order id; rows of one order become one purchase where the
+    file holds nothing but purchases and returns.
+    """
     session_id_column: _builtins.str
     """The column of the session id."""
     stars_column: _builtins.str
     """The column of the stars of a rating."""
     text_column: _builtins.str
-    """The column of the words of a review."""
+    """The column of the words of a review, or of a search. Required for those
+    kinds.
+    """
     @_builtins.property
     def kind_values(self) -> _containers.RepeatedCompositeFieldContainer[Global___KindValue]:
-        """What the values of the kind's column mean."""
+        """What the values of the kind's column mean, at most 100. Empty: the values
+        are the names of `EventKind` in lower case, such as `item_view`.
+        """
 
     def __init__(
         self,
