@@ -105,13 +105,13 @@ class Retention:
         with self._database.connect() as connection:
             due = sorted(month for month in existing_months(connection) if month < cutoff)
         for month in due:
-            try:
-                with self._database.connect() as connection:
+            with self._database.connect() as connection:
+                try:
                     rows = drop_month(connection, month)
-            except psycopg.errors.LockNotAvailable:
-                # A training run reads the log. There is time: the next round tries again.
-                self._logger.info("retention put off", month=partition_name(month))
-                continue
+                except psycopg.errors.LockNotAvailable:
+                    # A training run reads the log. There is time: the next round tries again.
+                    self._logger.info("retention put off", month=partition_name(month))
+                    continue
             self._logger.info("month dropped", month=partition_name(month), rows=rows)
         with self._database.connect() as connection:
             if rows := erase_from_default(connection, cutoff):
