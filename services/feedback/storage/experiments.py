@@ -20,6 +20,7 @@ from services.feedback.domain.experiments import (
     VariantObservation,
 )
 from services.feedback.domain.metrics import RETENTION_FROM, RETENTION_WINDOWS, Metric
+from services.feedback.storage.metrics import begin_analysis
 from services.feedback.storage.tables import experiments
 from shared.database import Database, trusted_sql
 from shared.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound
@@ -39,7 +40,7 @@ _EARNED_AND_CHANCES: Mapping[Metric, tuple[str, str]] = {
     Metric.NPS: ("nps", "nps_answers"),
 }
 _PEOPLE = """
-WITH attributed AS (
+WITH attributed AS NOT MATERIALIZED (
     SELECT e.* FROM feedback.events AS e
     WHERE e.variant = ANY(%(labels)s) AND e.recommendation_id IS NOT NULL
         AND e.occurred_at >= %(start)s AND e.occurred_at < %(end)s
@@ -263,7 +264,7 @@ class PostgresExperiments:
             "window_1": RETENTION_WINDOWS[1],
         }
         with self._database.connect() as connection:
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            begin_analysis(connection)
             cursor = connection.cursor(row_factory=dict_row)
             rows = {
                 row["variant"]: row for row in cursor.execute(trusted_sql(question), parameters).fetchall()

@@ -9,6 +9,7 @@ import numpy as np
 
 from services.feedback.domain.metrics import Metric
 from services.feedback.domain.off_policy import LoggedImpressions
+from services.feedback.storage.metrics import begin_analysis
 from shared.database import Database, trusted_sql
 from shared.errors import FailedPrecondition
 from shared.event_kinds import EventKind
@@ -72,7 +73,7 @@ class PostgresImpressions:
         """Returns the impressions of a shelf, each with what it earned; raises FailedPrecondition."""
         parameters: dict[str, Any] = {"placement": placement, "start": start, "end": end, "currency": None}
         with self._database.connect() as connection:
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            begin_analysis(connection)
             if reward is Metric.REVENUE_PER_MILLE:
                 question = _CURRENCY.format(kind=int(EventKind.PURCHASE), attributed=_ATTRIBUTED)
                 found = connection.execute(trusted_sql(question), parameters).fetchone()

@@ -6,6 +6,7 @@ import uuid
 from datetime import datetime
 from typing import Any
 
+import psycopg
 from psycopg.rows import dict_row
 
 from services.feedback.domain.metrics import (
@@ -22,38 +23,38 @@ from services.feedback.domain.metrics import (
 from shared.database import Database, trusted_sql
 from shared.event_kinds import EventKind
 
-# One row for each (recommendation, item, kind): a repeated click is one click, a repeated page view one impression.
-# Lines that did not stand in the recommendation earn it nothing.
-_PAIRS = """
-WITH attributed AS (
+# Read by several branches, each of which wants other columns of other rows: one wide copy would go through the disk.
+_ATTRIBUTED = """
+WITH attributed AS NOT MATERIALIZED (
     SELECT e.* FROM feedback.events AS e
     WHERE e.recommendation_id IS NOT NULL
         AND e.occurred_at >= %(start)s AND e.occurred_at < %(end)s
         AND NOT e.is_bot AND e.quarantine_reason IS NULL
         {filters}
 ),
+"""
+# One row for each (recommendation, item, kind): a repeated click is one click, a repeated page view one impression.
+# Lines that did not stand in the recommendation earn it nothing.
+_PAIRS = """
 touched AS (
-    SELECT {dimensions} e.recommendation_id, e.kind, i.item_id, NULL::text AS currency_code,
-        NULL::double precision AS revenue
+    SELECT {dimensions} e.recommendation_id, e.kind, i.item_id
     FROM attributed AS e
     CROSS JOIN LATERAL unnest(e.impression_items, e.impression_propensities) AS i (item_id, propensity)
     WHERE e.kind = {page_view} AND i.propensity IS NOT NULL
     UNION ALL
-    SELECT {dimensions} e.recommendation_id, e.kind, e.item_id, NULL, NULL
+    SELECT {dimensions} e.recommendation_id, e.kind, e.item_id
     FROM attributed AS e
     WHERE e.kind IN ({click}, {add_to_cart}) AND e.position IS NOT NULL
     UNION ALL
-    SELECT {dimensions} e.recommendation_id, e.kind, l.item_id, e.currency_code,
-        l.quantity::double precision * l.price_micros
+    SELECT {dimensions} e.recommendation_id, e.kind, l.item_id
     FROM attributed AS e
-    CROSS JOIN LATERAL unnest(e.line_items, e.line_quantities, e.line_prices, e.line_positions)
-        AS l (item_id, quantity, price_micros, position)
+    CROSS JOIN LATERAL unnest(e.line_items, e.line_positions) AS l (item_id, position)
     WHERE e.kind = {purchase} AND l.position IS NOT NULL
 ),
 pairs AS (
-    SELECT {names} recommendation_id, kind, item_id, currency_code, sum(revenue) AS revenue
+    SELECT {names} recommendation_id, kind, item_id
     FROM touched
-    GROUP BY {names} recommendation_id, kind, item_id, currency_code
+    GROUP BY {names} recommendation_id, kind, item_id
 )
 """
 _COUNTS = """
@@ -62,16 +63,24 @@ SELECT {names}
     count(*) FILTER (WHERE kind = {page_view}) AS impressions,
     count(*) FILTER (WHERE kind = {click}) AS clicks,
     count(*) FILTER (WHERE kind = {add_to_cart}) AS add_to_carts,
-    count(DISTINCT (recommendation_id, item_id)) FILTER (WHERE kind = {purchase}) AS purchases,
+    count(*) FILTER (WHERE kind = {purchase}) AS purchases,
     count(DISTINCT item_id) FILTER (WHERE kind = {page_view}) AS distinct_items
 FROM pairs
 {group_by}
 ORDER BY impressions DESC, {names} recommendations DESC
 """
 _REVENUES = """
+revenues AS (
+    SELECT {dimensions} e.recommendation_id, l.item_id, e.currency_code,
+        sum(l.quantity::double precision * l.price_micros) AS revenue
+    FROM attributed AS e
+    CROSS JOIN LATERAL unnest(e.line_items, e.line_quantities, e.line_prices, e.line_positions)
+        AS l (item_id, quantity, price_micros, position)
+    WHERE e.kind = {purchase} AND l.position IS NOT NULL AND l.price_micros IS NOT NULL
+    GROUP BY {positions} e.recommendation_id, l.item_id, e.currency_code
+)
 SELECT {names} currency_code, LEAST(sum(revenue), 9.2e18)::bigint AS total_micros, sum((revenue / 1e6) ^ 2) AS total_squares
-FROM pairs
-WHERE revenue IS NOT NULL
+FROM revenues
 GROUP BY {names} currency_code
 ORDER BY total_micros DESC
 """
@@ -162,6 +171,12 @@ _COUNT_NAMES = ("recommendations", "impressions", "clicks", "add_to_carts", "pur
 _SURVEY_NAMES = ("csat_people", "csat_total", "csat_squares", "nps_people", "promoters", "detractors")
 
 
+def begin_analysis(connection: psycopg.Connection[Any]) -> None:
+    """Makes all questions of the transaction see one moment, and gives them memory for large groupings."""
+    connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    connection.execute("SET LOCAL work_mem = '64MB'")
+
+
 class PostgresMetrics:
     """The MetricsStore."""
 
@@ -187,13 +202,16 @@ class PostgresMetrics:
         parameters |= {dimension.value: value for dimension, value in query.equal}
         with self._database.connect() as connection:
             # All questions of one snapshot, or revenue and impressions would not belong together.
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            begin_analysis(connection)
             cursor = connection.cursor(row_factory=dict_row)
 
             def ask(question: str) -> list[dict[str, Any]]:
                 return cursor.execute(trusted_sql(question.format(**parts)), parameters).fetchall()
 
-            counts, revenues, surveys = ask(_PAIRS + _COUNTS), ask(_PAIRS + _REVENUES), ask(_SURVEYS)
+            counts, revenues, surveys = (
+                ask(question)
+                for question in (_ATTRIBUTED + _PAIRS + _COUNTS, _ATTRIBUTED + _REVENUES, _SURVEYS)
+            )
             # Nobody's first week can be over: the question is dear, and its answer known.
             over = query.start <= observed_until - RETENTION_WINDOWS[0]
             returns = ask(_RETURNS) if over else []
