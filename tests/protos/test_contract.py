@@ -27,7 +27,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def buf(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     config = generate.PROTOS / "buf.yaml"
     return subprocess.run(
-        [BIN / "buf", *map(str, arguments), "--config", str(config)], capture_output=True, text=True, check=False
+        [BIN / "buf", *map(str, arguments), "--config", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -112,7 +115,8 @@ def test_the_stubs_install_on_their_own_with_type_information(tmp_path: Path) ->
     wheels, target = tmp_path / "wheels", tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, generate.PROTOS / "python"], check=True
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, generate.PROTOS / "python"],
+        check=True,
     )
     (wheel,) = wheels.glob("shopkeeper_protos-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
