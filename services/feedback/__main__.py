@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import grpc
 import psycopg
-import sqlalchemy
 from shopkeeper.feedback.v1 import feedback_service_pb2_grpc
 
 from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
@@ -21,6 +20,7 @@ from services.feedback.domain.bots import RateBotDetector
 from services.feedback.servicer import SERVICE_NAME, FeedbackServicer, UseCases
 from services.feedback.settings import FeedbackSettings
 from services.feedback.storage.exclusive import (
+    EXPERIMENTS_LOCK,
     IMPORTS_LOCK,
     RETENTION_LOCK,
     ROTATION_LOCK,
@@ -55,7 +55,7 @@ from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
 from shared.keys import read_secret, read_signing_key
 from shared.server import GrpcServer, run_service
 from shared.settings import load_settings
-from shared.telemetry import Telemetry
+from shared.telemetry import Telemetry, get_logger
 from shared.tokens import TokenSigner
 
 SERVICE = "feedback"
@@ -155,7 +155,14 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
         commit_timeout_seconds=settings.commit_timeout_seconds,
         stream_read_ahead=settings.stream_read_ahead,
     )
-    workers = (importer, rotator, keeper)
+    guard = ExclusiveWorker(
+        "experiments",
+        database,
+        EXPERIMENTS_LOCK,
+        lambda: _stop_broken(experiments),
+        idle_seconds=settings.experiment_check_seconds,
+    )
+    workers = (importer, rotator, keeper, guard)
     return Feedback(servicer, people, experiments, log, notifier, database, workers, stopped)
 
 
@@ -184,12 +191,6 @@ def serve() -> None:
             target=_watch_database,
             args=(feedback, server, telemetry, stopped),
             name="database-watch",
-            daemon=True,
-        ).start()
-        threading.Thread(
-            target=_guard_experiments,
-            args=(feedback.experiments, settings.experiment_check_seconds, telemetry, stopped),
-            name="experiment-guard",
             daemon=True,
         ).start()
         server.serve_until_signal()
@@ -238,20 +239,12 @@ def _watch_database(
             server.set_ready(ready, "" if ready else "the database cannot be reached")
 
 
-def _guard_experiments(
-    experiments: RunExperiments, interval_seconds: float, telemetry: Telemetry, stopped: threading.Event
-) -> None:
-    """Stops experiments that do harm. Replicas may do so at once: stopping twice is stopping once."""
-    while not stopped.wait(interval_seconds):
-        try:
-            for experiment in experiments.stop_broken():
-                telemetry.logger.warning(
-                    "experiment stopped",
-                    experiment=experiment.experiment_id,
-                    cause=experiment.stop_cause.name if experiment.stop_cause else "",
-                )
-        except (ShopkeeperError, psycopg.Error, sqlalchemy.exc.SQLAlchemyError) as error:
-            telemetry.logger.warning("experiments not checked", cause=repr(error)[:200])
+def _stop_broken(experiments: RunExperiments) -> bool:
+    stopped = experiments.stop_broken()
+    for experiment in stopped:
+        cause = experiment.stop_cause.name.lower() if experiment.stop_cause else ""
+        get_logger(SERVICE).warning("experiment stopped", experiment=experiment.experiment_id, cause=cause)
+    return bool(stopped)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from services.feedback.domain.sample_ratio import sample_ratio_p_value
 from services.feedback.domain.sequential import difference_interval
 from shared.errors import InvalidInput
 from shared.experiments import Split, VariantShare, assign
-from tests.feedback.conftest import Shop, event
+from tests.feedback.conftest import Shop, event, eventually
 from tests.feedback.test_metrics_of_people import DAY, record, shown, survey, token, visit
 
 RUNNING = experiment_pb2.EXPERIMENT_STATE_RUNNING
@@ -140,11 +140,11 @@ def test_a_stale_etag_stops_nothing(shop: Shop) -> None:
     assert get(shop).state == RUNNING
 
 
-@pytest.mark.parametrize("call", [get, stop, report])
-def test_an_unknown_experiment_is_not_found(shop: Shop, call: Any) -> None:
-    code, reason, metadata = refusal(call, shop, "nothing")
-    assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "EXPERIMENT_NOT_FOUND")
-    assert metadata == {"experimentId": "nothing"}
+def test_an_unknown_experiment_is_not_found(shop: Shop) -> None:
+    for call in (get, stop, report):
+        code, reason, metadata = refusal(call, shop, "nothing")
+        assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "EXPERIMENT_NOT_FOUND")
+        assert metadata == {"experimentId": "nothing"}
 
 
 def test_listing_goes_page_by_page_newest_first(shop: Shop) -> None:
@@ -392,7 +392,14 @@ def test_a_broken_guard_rail_stops_the_experiment(shop: Shop) -> None:
     assert report(shop).variants[1].broken_guard_rails == [metrics_pb2.METRIC_CONVERSION_RATE]
 
 
-def test_without_a_guard_rail_or_for_reports_only_it_goes_on(shop: Shop) -> None:
+def test_the_service_looks_after_its_experiments_by_itself(shop: Shop) -> None:
+    create(shop, guard_rails=[a_guard_rail()])
+    harm(shop)
+    shop.feedback.start()
+    eventually(lambda: get(shop).state == STOPPED)
+
+
+def test_an_experiment_for_reports_only_goes_on(shop: Shop) -> None:
     create(shop, guard_rails=[a_guard_rail()], report_only=True)
     harm(shop)
     assert shop.feedback.experiments.stop_broken() == []

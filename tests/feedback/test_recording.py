@@ -253,12 +253,3 @@ def test_readers_are_woken_after_a_commit_and_not_for_each(shop: Shop) -> None:
         seen = eventually(lambda: list(listener.notifies(timeout=0.5)))
         elapsed = time.monotonic() - start
         assert 1 <= len(seen) <= elapsed / 0.02 + 1
-
-
-@pytest.mark.parametrize("method", ["ListImports", "RotateUserKeys", "PurgeEvents", "EstimatePolicyValue"])
-def test_what_is_not_built_says_so_and_what_to_use(shop: Shop, method: str) -> None:
-    request = getattr(feedback_service_pb2, f"{method}Request")()
-    with pytest.raises(grpc.RpcError) as failure:
-        getattr(shop.stub, method)(request, timeout=10)
-    assert failure.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert "Use" in (failure.value.details() or "")

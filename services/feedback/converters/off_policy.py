@@ -50,7 +50,7 @@ def from_estimate(request: feedback_service_pb2.EstimatePolicyValueRequest, now:
         raise invalid("start_time", "is required.")
     if start >= end:
         raise invalid("start_time", "lies not before end_time.")
-    reward = request.reward or metrics_pb2.METRIC_CLICK_THROUGH_RATE
+    reward = int(request.reward or metrics_pb2.METRIC_CLICK_THROUGH_RATE)
     if reward not in _REWARDS:
         raise invalid(
             "reward", "must be something that an impression earns: a rate, or the revenue per mille."

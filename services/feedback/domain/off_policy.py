@@ -214,8 +214,8 @@ def _position_factors(position_M: Indices, reward_M: Floats, last: int) -> tuple
 
 
 def _ratio(impressions: LoggedImpressions, x_N: Floats, n_N: Floats, confidence_level: float) -> Interval:
-    x_P = np.bincount(impressions.person_N, x_N)
-    n_P = np.bincount(impressions.person_N, n_N)
+    x_P = np.bincount(impressions.person_N, x_N).astype(np.float64)
+    n_P = np.bincount(impressions.person_N, n_N).astype(np.float64)
     interval = ClusteredSums.of(x_P, n_P).interval(confidence_level)
     assert interval is not None, "REQUIRED_PEOPLE are there"
     return interval

@@ -12,6 +12,7 @@ from shared.errors import ShopkeeperError, Unavailable
 from shared.telemetry import get_logger
 
 # One family with the locks of the log; see partitions.py.
+EXPERIMENTS_LOCK = 0x46424C45
 IMPORTS_LOCK = 0x46424C49
 ROTATION_LOCK = 0x46424C52
 RETENTION_LOCK = 0x46424C54

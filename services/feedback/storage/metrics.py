@@ -201,17 +201,14 @@ class PostgresMetrics:
         }
         parameters |= {dimension.value: value for dimension, value in query.equal}
         with self._database.connect() as connection:
-            # All questions of one snapshot, or revenue and impressions would not belong together.
             begin_analysis(connection)
             cursor = connection.cursor(row_factory=dict_row)
 
             def ask(question: str) -> list[dict[str, Any]]:
                 return cursor.execute(trusted_sql(question.format(**parts)), parameters).fetchall()
 
-            counts, revenues, surveys = (
-                ask(question)
-                for question in (_ATTRIBUTED + _PAIRS + _COUNTS, _ATTRIBUTED + _REVENUES, _SURVEYS)
-            )
+            counts, revenues = ask(_ATTRIBUTED + _PAIRS + _COUNTS), ask(_ATTRIBUTED + _REVENUES)
+            surveys = ask(_SURVEYS)
             # Nobody's first week can be over: the question is dear, and its answer known.
             over = query.start <= observed_until - RETENTION_WINDOWS[0]
             returns = ask(_RETURNS) if over else []
