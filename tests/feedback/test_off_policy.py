@@ -257,6 +257,16 @@ def test_weights_that_rest_on_a_few_impressions_are_not_enough() -> None:
     assert 0 < float(numbers["effectiveSampleSize"]) < 100
 
 
+def test_one_person_with_many_impressions_is_not_enough() -> None:
+    impressions = always_the_same()
+    first = impressions.recommendation_N < 900
+    alone = replace(impressions, person_N=np.where(first, 0, 1 + impressions.person_N))
+    pairs = zip(alone.recommendation_N[first], alone.item_N[first], strict=True)
+    numbers = thin(alone, GivenPolicy({(int(r), ITEMS[a]): 1.0 for r, a in pairs}))
+    assert (numbers["userCount"], numbers["requiredUserCount"]) == ("1", "30")
+    assert float(numbers["effectiveSampleSize"]) > 100
+
+
 @pytest.mark.parametrize("recommendations", [0, 20])
 def test_a_few_people_are_not_enough(recommendations: int) -> None:
     impressions = always_the_same(100)

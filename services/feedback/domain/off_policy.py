@@ -224,14 +224,12 @@ def _ratio(impressions: LoggedImpressions, x_N: Floats, n_N: Floats, confidence_
 def _refuse_thin_overlap(
     impressions: LoggedImpressions, weight_N: Floats, w_N: Floats, confidence_level: float
 ) -> None:
-    people = len(np.unique(impressions.person_N))
+    people = len(np.unique(impressions.person_N[w_N > 0]))
     size = effective_sample_size(w_N)
     supported = float(weight_N.mean()) if len(weight_N) else 0.0
     problem = ""
     if people < REQUIRED_PEOPLE:
-        problem = (
-            f"Impressions with propensities of {people} people are too few; {REQUIRED_PEOPLE} are needed."
-        )
+        problem = f"Only {people} people saw what the target policy shows; {REQUIRED_PEOPLE} are needed."
     elif size < REQUIRED_EFFECTIVE_SAMPLE_SIZE:
         problem = (
             f"The weights are worth {size:.1f} impressions; {REQUIRED_EFFECTIVE_SAMPLE_SIZE:.0f} are needed. "
