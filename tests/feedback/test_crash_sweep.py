@@ -1,0 +1,217 @@
+"""kill -9 at every step between receiving an event and acknowledging it.
+
+`make verify-crash` sets SHOPKEEPER_CRASH_EVENTS to 100,000; without it a few thousand events do.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from shopkeeper.feedback.v1 import (
+    event_kind_pb2,
+    event_pb2,
+    feedback_service_pb2,
+    feedback_service_pb2_grpc,
+    import_pb2,
+)
+
+from tests.feedback.conftest import DUPLICATE, REJECTED, STORED, eventually, uuid7
+from tests.feedback.crashing_server import STEPS
+from tests.feedback.history import History, anomalies
+from tests.feedback.nursery import Nursery
+
+EVENTS = int(os.environ.get("SHOPKEEPER_CRASH_EVENTS", "2000"))
+SHOPPERS = 4
+
+
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+def new_event(rng: random.Random) -> event_pb2.Event:
+    """Returns an event whose identity is also in a column that nothing derives from it: the item."""
+    event_id = uuid7()
+    event = event_pb2.Event(event_id=event_id, user_id=f"user {rng.randrange(50)}")
+    if rng.random() < 0.1:
+        event.review.item_id, event.review.text = event_id, "words"
+    elif rng.random() < 0.02:
+        event.rating.item_id, event.rating.stars = event_id, 99
+    else:
+        event.item_view.item_id = event_id
+    return event
+
+
+class Shoppers:
+    """Callers that never give an event up: what nobody knows is sent again, to the next server."""
+
+    def __init__(self, history: History, seed: int, count: int = SHOPPERS) -> None:
+        self._history = history
+        self._pending: list[list[event_pb2.Event]] = [[] for _ in range(count)]
+        self._rngs = [random.Random(seed + number) for number in range(count)]
+
+    def visit(self, port: int, *, until: Callable[[], bool], resend_only: bool = False) -> None:
+        """Sends to one server until it dies or `until` says so."""
+        threads = [
+            threading.Thread(target=self._shop, args=(number, port, until, resend_only))
+            for number in range(len(self._pending))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+
+    def _shop(self, number: int, port: int, until: Callable[[], bool], resend_only: bool) -> None:
+        history, rng = self._history, self._rngs[number]
+        options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+            record = feedback_service_pb2_grpc.FeedbackServiceStub(channel).RecordEvents
+            while not until():
+                batch = self._pending[number]
+                if not batch:
+                    if resend_only:
+                        return
+                    batch = [new_event(rng) for _ in range(rng.choice((1, 5, 20)))]
+                ids = [event.event_id for event in batch]
+                self._pending[number] = batch
+                history.invoke(ids)
+                try:
+                    answer = record(feedback_service_pb2.RecordEventsRequest(events=batch), timeout=20)
+                except grpc.RpcError:
+                    history.info(ids)
+                    return
+                self._pending[number] = []
+                verdicts = [result.status for result in answer.results]
+                assert set(verdicts) <= {STORED, DUPLICATE, REJECTED}
+                history.ok(one for one, verdict in zip(ids, verdicts, strict=True) if verdict != REJECTED)
+                history.fail(one for one, verdict in zip(ids, verdicts, strict=True) if verdict == REJECTED)
+
+
+def stored_events(url: str) -> list[str]:
+    with psycopg.connect(url) as connection:
+        return [item for (item,) in connection.execute("SELECT item_id FROM feedback.events").fetchall()]
+
+
+def sweep(
+    nursery: Nursery,
+    url: str,
+    keys: Path,
+    home: Path,
+    steps: list[str],
+    events: int,
+    mistake: str | None = None,
+) -> tuple[History, dict[str, set[str]], set[str]]:
+    """Kills servers at the steps, in turn, until so many events are acknowledged and each step was met."""
+    history, rng = History(), random.Random(4711)
+    shoppers = Shoppers(history, 17)
+    killed_at: set[str] = set()
+    turn = 0
+    while turn < len(steps) or len(history.acknowledged) < events:
+        step = steps[turn % len(steps)]
+        turn += 1
+        hit = rng.randrange(1, 4) if step == "data keys made" else rng.randrange(2, 12 + events // 200)
+        port = nursery.start(url, keys, home, step, hit, mistake)
+        if port:
+            # A fuse that never burns ends the visit all the same; the test then misses the step.
+            enough = len(history.acknowledged) + 10 * events + 5_000
+            shoppers.visit(port, until=lambda enough=enough: len(history.acknowledged) >= enough)  # type: ignore[misc]
+        if nursery.kill() == 9:
+            killed_at.add(step)
+    # The last server lives: whatever nobody knows is asked for once more.
+    shoppers.visit(nursery.start(url, keys, home, mistake=mistake), until=lambda: False, resend_only=True)
+    nursery.kill(15)
+    return history, anomalies(history, stored_events(url)), killed_at
+
+
+@pytest.mark.slow
+def test_no_step_at_which_the_server_is_killed_loses_invents_or_doubles_an_event(
+    nursery: Nursery, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    history, wrong, killed_at = sweep(nursery, database_url, keys_dir, tmp_path, list(STEPS), EVENTS)
+    assert wrong == {}
+    assert killed_at == set(STEPS)
+    assert len(history.acknowledged) >= EVENTS
+    # Without calls whose outcome nobody knew the sweep would have shown nothing.
+    assert history.unknown
+    assert history.refused
+    print(
+        f"{len(history.acknowledged)} events acknowledged, {len(history.unknown)} of unknown outcome in between"
+    )
+
+
+def test_the_checker_catches_an_acknowledgement_before_the_commit(
+    nursery: Nursery, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    _, wrong, _ = sweep(
+        nursery, database_url, keys_dir, tmp_path, ["to be inserted"], 50, "acknowledge before commit"
+    )
+    assert "lost" in wrong
+
+
+def test_the_checker_catches_deduplication_in_memory(
+    nursery: Nursery, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    _, wrong, _ = sweep(nursery, database_url, keys_dir, tmp_path, ["committed"], 50, "deduplicate in memory")
+    assert "twice" in wrong
+
+
+def test_the_checker_tells_each_anomaly_by_its_name() -> None:
+    history = History()
+    history.invoke({"a", "b", "c", "d"})
+    history.ok({"a", "b"})
+    history.fail({"c"})
+    history.info({"d"})
+    assert anomalies(history, ["a", "b"]) == anomalies(history, ["a", "b", "d"]) == {}
+    assert anomalies(history, ["a", "c", "d", "d", "e"]) == {
+        "lost": {"b"},
+        "invented": {"e"},
+        "stored although refused": {"c"},
+        "twice": {"d"},
+    }
+
+
+def test_an_import_that_is_killed_again_and_again_stores_every_row_once(
+    nursery: Nursery, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "imports").mkdir()
+    rows = 6_000
+    lines = [f"user {i % 97},item {i},{1_700_000_000 + i}" for i in range(rows)]
+    (tmp_path / "imports" / "views.csv").write_text("who,what,when\n" + "\n".join(lines))
+    mapping = import_pb2.ColumnMapping(
+        user_id_column="who", occurred_at_column="when", occurred_at_format="epoch_seconds", item_id_column="what",
+        default_kind=event_kind_pb2.EVENT_KIND_ITEM_VIEW,
+    )  # fmt: skip
+    request = feedback_service_pb2.ImportEventsRequest(
+        source=import_pb2.ImportSource(path="views.csv", mapping=mapping), request_id="the one"
+    )
+
+    def call(port: int, method: str, request: Any) -> Any:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            return getattr(feedback_service_pb2_grpc.FeedbackServiceStub(channel), method)(
+                request, timeout=20
+            )
+
+    port = nursery.start(database_url, keys_dir, tmp_path, "part to be settled", 3)
+    import_id = call(port, "ImportEvents", request).import_id
+    assert nursery.wait() == 9
+    for step, hit in (("part settled", 3), ("to be inserted", 2), ("import to be finished", 1)):
+        nursery.start(database_url, keys_dir, tmp_path, step, hit)
+        assert nursery.wait() == 9
+    port = nursery.start(database_url, keys_dir, tmp_path)
+    wanted = feedback_service_pb2.GetImportRequest(import_id=import_id)
+    last = eventually(lambda: (one := call(port, "GetImport", wanted)).HasField("end_time") and one, 60)
+    nursery.kill(15)
+    assert last.state == import_pb2.IMPORT_STATE_SUCCEEDED
+    assert last.stored_count + last.duplicate_count == last.read_row_count == rows
+    assert sorted(stored_events(database_url)) == sorted(f"item {i}" for i in range(rows))
