@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 
 import grpc
-from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 from services.recommend.clients.catalog import CatalogClient
 from services.recommend.clients.metrics import (
@@ -25,7 +24,7 @@ from services.recommend.converters.requests import RequestConverter
 from services.recommend.domain.catalog import CatalogStore
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.live_counts import LiveCounts
-from services.recommend.servicer import SERVICE_NAME, RecommendServicer
+from services.recommend.servicer import SERVICE_NAME, RecommendServicer, register
 from services.recommend.settings import RecommendSettings
 from services.recommend.storage import BundleModel, ModelWatcher
 from services.recommend.use_cases.configs import ServingConfigs
@@ -151,7 +150,7 @@ class RecommendService:
             self.server.set_ready(True, "" if complete else "degraded: the catalogue has not arrived yet")
 
     def _register(self, server: grpc.Server) -> None:
-        recommend_service_pb2_grpc.add_RecommendServiceServicer_to_server(self._servicer, server)
+        register(self._servicer, server)
 
 
 def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None]:

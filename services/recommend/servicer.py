@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -12,9 +13,9 @@ from shopkeeper.recommend.v1 import recommend_service_pb2_grpc, rule_pb2, servin
 from services.recommend.converters.requests import RequestConverter, check_name, check_page_size
 from services.recommend.converters.responses import (
     explanation_of,
-    response_of,
     serving_config_of,
     status_of,
+    wire_response_of,
 )
 from services.recommend.domain.recommendation import ListKind
 from services.recommend.use_cases.configs import ServingConfigs
@@ -31,8 +32,42 @@ _WIRE_SECONDS = 0.005
 """Kept back of the caller's time for the way home."""
 
 
+def register(servicer: RecommendServicer, server: grpc.Server) -> None:
+    """Adds the servicer to a server that passes serialised answers on as they are."""
+    caught = _Caught()
+    recommend_service_pb2_grpc.add_RecommendServiceServicer_to_server(servicer, caught)  # type: ignore[arg-type]
+    handlers = {
+        name: handler._replace(
+            response_serializer=functools.partial(_serialised, handler.response_serializer)
+        )
+        for name, handler in caught.handlers.items()
+    }
+    generic = grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+    server.add_generic_rpc_handlers((generic,))
+    server.add_registered_method_handlers(SERVICE_NAME, handlers)
+
+
+def _serialised(serialise: Callable[[Any], bytes], response: Any) -> bytes:
+    return response if type(response) is bytes else serialise(response)
+
+
+class _Caught:
+    """Stands where generated code expects a server, and keeps the handlers."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Any] = {}
+
+    def add_generic_rpc_handlers(self, _handlers: Any) -> None:
+        """The same handlers come by name."""
+
+    def add_registered_method_handlers(self, _service: str, handlers: dict[str, Any]) -> None:
+        self.handlers = handlers
+
+
 class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
     """Answers RecommendService.
+
+    Calls that recommend return the serialised `RecommendResponse`; see `register`.
 
     Args:
         budget_seconds: the longest that an answer takes, however late the caller's deadline.
@@ -57,30 +92,24 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         self._status = status
         self._budget_seconds = budget_seconds
 
-    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> pb.RecommendResponse:
+    def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.RECOMMEND, request, context)
 
-    def SimilarItems(
-        self, request: pb.SimilarItemsRequest, context: grpc.ServicerContext
-    ) -> pb.RecommendResponse:
+    def SimilarItems(self, request: pb.SimilarItemsRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.SIMILAR, request, context)
 
     def FrequentlyBoughtTogether(
         self, request: pb.FrequentlyBoughtTogetherRequest, context: grpc.ServicerContext
-    ) -> pb.RecommendResponse:
+    ) -> Any:
         return self._answer(ListKind.TOGETHER, request, context)
 
-    def BuyItAgain(
-        self, request: pb.BuyItAgainRequest, context: grpc.ServicerContext
-    ) -> pb.RecommendResponse:
+    def BuyItAgain(self, request: pb.BuyItAgainRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.BUY_AGAIN, request, context)
 
-    def Trending(self, request: pb.TrendingRequest, context: grpc.ServicerContext) -> pb.RecommendResponse:
+    def Trending(self, request: pb.TrendingRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.TRENDING, request, context)
 
-    def RecommendForCart(
-        self, request: pb.RecommendForCartRequest, context: grpc.ServicerContext
-    ) -> pb.RecommendResponse:
+    def RecommendForCart(self, request: pb.RecommendForCartRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.CART, request, context)
 
     def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:
@@ -149,10 +178,10 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
     def DeleteRule(self, request: pb.DeleteRuleRequest, context: grpc.ServicerContext) -> Any:
         _not_built("DeleteRule", _RULES_INSTEAD)
 
-    def _answer(self, kind: ListKind, request: Any, context: grpc.ServicerContext) -> pb.RecommendResponse:
+    def _answer(self, kind: ListKind, request: Any, context: grpc.ServicerContext) -> bytes:
         query = self._converter.query(kind, request)
         answer = self._recommender.answer(query, self._budget(context))
-        return response_of(answer, self._signer, self._converter.page_token(query, answer.next_page))
+        return wire_response_of(answer, self._signer, self._converter.page_token(query, answer.next_page))
 
     def _budget(self, context: grpc.ServicerContext) -> float:
         remaining = time_remaining_seconds(context, self._budget_seconds)

@@ -22,13 +22,15 @@ from shared.bundle.history import History as BundleHistory
 from shared.bundle.history import encoder_inputs, mark_clean_events
 from shared.bundle.reader import Bundle, load_bundle
 from shared.bundle.registry import PRODUCTION, Registry
-from shared.bundle.scoring import blended_scores, cooccurrence_contributions, cooccurrence_scores
+from shared.bundle.scoring import cooccurrence_contributions, cooccurrence_scores, log_partition
 from shared.errors import ShopkeeperError
 from shared.telemetry import get_logger
 
 _LOGGER = get_logger("recommend.models")
 _MAX_REFUSED = 10
 _PENDING_RETRY_SECONDS = 1.0
+_MAX_UNIT_VECTORS = 200_000
+"""Items up to which vectors of length 1 are kept beside the model's own; beyond, memory matters more."""
 
 
 class BundleModel:
@@ -43,12 +45,17 @@ class BundleModel:
         self.popularity_I: Float32 = np.ascontiguousarray(bundle.popularity)
         norms_I = np.linalg.norm(self._item_vectors_ID, axis=1)
         self._inverse_norms_I = np.where(norms_I > 0, 1 / np.maximum(norms_I, 1e-12), 0).astype(np.float32)
+        self._unit_vectors_ID: Float32 | None = None
+        if bundle.item_count <= _MAX_UNIT_VECTORS:
+            self._unit_vectors_ID = self._item_vectors_ID * self._inverse_norms_I[:, None]
         self.rows_I = index.intern(bundle.item_ids)
         indices_R = np.full(len(index), -1, dtype=np.int64)
         indices_R[self.rows_I] = np.arange(bundle.item_count)
         self._indices_R = indices_R
         self.name = bundle.model
         self.version = bundle.version
+        # Rows are of one process; a version that is loaded again has other arrays and the same content.
+        self._token = f"{bundle.model}/{bundle.version}"
         self.item_count = bundle.item_count
         self.dimension = bundle.dimension
         self.max_history = bundle.max_history
@@ -66,11 +73,19 @@ class BundleModel:
 
     def unit_vectors(self, indices: Int64) -> Float32:
         # Index -1 reads the last item, and is blanked.
-        vectors_CD = self._item_vectors_ID[indices] * self._inverse_norms_I[indices][:, None]
-        vectors_CD[indices < 0] = 0
+        if self._unit_vectors_ID is not None:
+            vectors_CD = self._unit_vectors_ID[indices]
+        else:
+            vectors_CD = self._item_vectors_ID[indices] * self._inverse_norms_I[indices][:, None]
+        if indices.min(initial=0) < 0:
+            vectors_CD[indices < 0] = 0
         return vectors_CD
 
     def read_history(self, history: History) -> ModelHistory:
+        read: ModelHistory = history.derived("read", self._token, lambda: self._read(history))
+        return read
+
+    def _read(self, history: History) -> ModelHistory:
         indices_N = self.indices_of(history.rows_N)
         everybody_N = np.zeros(len(history), dtype=np.int32)
         places = np.flatnonzero(mark_clean_events(everybody_N, indices_N, history.kinds_N))
@@ -81,7 +96,9 @@ class BundleModel:
         return self._bundle.encoder.encode(*encoder_inputs(read, self._item_vectors_ID, self.max_history))
 
     def logits(self, query_D: Float32) -> Float32:
-        return self._item_vectors_ID @ query_D + self._item_bias_I
+        logits_I: Float32 = self._item_vectors_ID @ query_D
+        logits_I += self._item_bias_I
+        return logits_I
 
     def cooccurrence(self, history: ModelHistory) -> Float32:
         return cooccurrence_scores(self._matrix, history.indices_H, self._bundle.scoring)
@@ -96,7 +113,12 @@ class BundleModel:
         return np.log1p(np.float32(self._bundle.scoring.scale) * c)
 
     def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
-        return blended_scores(logits_I, c_I, self._bundle.scoring)
+        # `blended_scores` with the logarithm taken where c is above 0 alone: most of a catalogue has none.
+        score_I: Float32 = logits_I - log_partition(logits_I)
+        if self._bundle.scoring.lambda_ != 0:
+            counted = np.flatnonzero(c_I > 0)
+            score_I[counted] += self.cooccurrence_term(c_I[counted])
+        return score_I
 
 
 class ModelWatcher:

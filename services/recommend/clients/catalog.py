@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
+from shopkeeper.recommend.v1 import recommendation_pb2
 
 from services.recommend.clients.stream import ReconnectingStream
 from services.recommend.domain.catalog import CatalogItem, CatalogStore
@@ -94,12 +95,6 @@ def catalog_item_from_proto(item: item_pb2.Item) -> CatalogItem:
                 numbers[attribute.key] = attribute.number
             case "flag":
                 flags[attribute.key] = attribute.flag
-    record = item_pb2.Item()
-    record.CopyFrom(item)
-    # What the shop earns is never shown, and bytes of pictures do not belong in a list.
-    record.ClearField("margin_micros")
-    record.ClearField("image_bytes")
-
     fields: Any = item  # The stubs know every field by name; here names vary.
 
     def number_of(field: str, divisor: float = 1.0) -> float | None:
@@ -130,8 +125,20 @@ def catalog_item_from_proto(item: item_pb2.Item) -> CatalogItem:
         flags=flags,
         withdrawn=item.withdrawn,
         placeholder=item.placeholder,
-        record=record,
+        record=wire_record_of(item),
     )
+
+
+def wire_record_of(item: item_pb2.Item) -> bytes:
+    """Returns `item_id` and `item` of a serialised `RecommendedItem`, made once and spliced into every answer.
+
+    Without its margin, which is never shown, and bytes of pictures, which do not belong in a list.
+    """
+    entry = recommendation_pb2.RecommendedItem(item_id=item.item_id)
+    entry.item.CopyFrom(item)
+    entry.item.ClearField("margin_micros")
+    entry.item.ClearField("image_bytes")
+    return entry.SerializeToString()
 
 
 def _seconds(timestamp: Timestamp) -> float:

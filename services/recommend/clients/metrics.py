@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
 
-STAGE_SECONDS = Histogram(
-    "shopkeeper_recommend_seconds",
-    "Seconds that a stage of a recommendation took.",
-    ["stage"],
-    buckets=(0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0),
-)
 DEGRADED = Counter(
     "shopkeeper_recommend_degraded_total", "Answers that went without something, by what.", ["cause"]
 )
@@ -31,18 +30,51 @@ BUNDLE_REFUSED = Counter(
 MODEL_SWAPS = Counter("shopkeeper_recommend_model_swaps_total", "Versions that were put into service.")
 
 
+class StageSeconds:
+    """A histogram by stage that costs a microsecond where `Histogram.observe` costs ten, six times a request."""
+
+    _BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, list[int]] = {}
+        self._sums: dict[str, float] = {}
+
+    def observe(self, stage: str, seconds: float) -> None:
+        """Counts one stage of one request."""
+        place = bisect_left(self._BOUNDS, seconds)
+        with self._lock:
+            counts = self._counts.get(stage)
+            if counts is None:
+                counts = self._counts[stage] = [0] * (len(self._BOUNDS) + 1)
+            counts[place] += 1
+            self._sums[stage] = self._sums.get(stage, 0.0) + seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Yields the metric, as Prometheus' registry asks for it."""
+        family = HistogramMetricFamily(
+            "shopkeeper_recommend_seconds", "Seconds that a stage of a recommendation took.", labels=["stage"]
+        )
+        with self._lock:
+            for stage, counts in self._counts.items():
+                bounds = [*map(str, self._BOUNDS), "+Inf"]
+                buckets = list(zip(bounds, accumulate(counts), strict=True))
+                family.add_metric([stage], buckets, self._sums[stage])
+        yield family
+
+
+STAGE_SECONDS = StageSeconds()
+REGISTRY.register(STAGE_SECONDS)
+
+
 class PrometheusObserver:
     """Implements `ports.Observer`; looks each label up once."""
 
     def __init__(self) -> None:
-        self._stages: dict[str, Any] = {}
         self._causes: dict[str, Any] = {}
 
     def stage(self, name: str, seconds: float) -> None:
-        child = self._stages.get(name)
-        if child is None:
-            child = self._stages[name] = STAGE_SECONDS.labels(name)
-        child.observe(seconds)
+        STAGE_SECONDS.observe(name, seconds)
 
     def degraded(self, cause: str) -> None:
         child = self._causes.get(cause)

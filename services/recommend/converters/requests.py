@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import struct
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 
@@ -50,15 +52,11 @@ _SERVING_CONFIG = {
     ListKind.TRENDING: "popular",
     ListKind.BUY_AGAIN: "default",
 }
-# Fields that may differ from page to page of one answer.
+_ENUM_VALUES = {
+    "filter_mode": frozenset(pb.FilterMode.values()),
+    "item_view": frozenset(pb.ItemView.values()),
+}
 _KINDS = frozenset(int(kind) for kind in EventKind)
-_NOT_IN_FINGERPRINT = (
-    "page_token",
-    "page_size",
-    "consistency_token",
-    "include_explanations",
-    "include_trace",
-)
 
 
 class RequestConverter:
@@ -83,7 +81,7 @@ class RequestConverter:
             InvalidInput: INVALID_REQUEST, INVALID_ID, INVALID_TOKEN; every violation that was found.
         """
         check = _Checker(prefix)
-        fields = request.DESCRIPTOR.fields_by_name
+        fields = _fields_of(request.DESCRIPTOR)
         user_key = self._user_key(request, check) if "user_key" in fields else None
         if kind is ListKind.BUY_AGAIN and user_key is None and not check.violations:
             check.wrong("user", "is not set; send user_id or user_key")
@@ -108,11 +106,6 @@ class RequestConverter:
                 consistency = ConsistencyToken.verify(
                     self._signer, consistency_text, check.path("consistency_token")
                 )
-        fingerprint = _fingerprint(kind, request)
-        page = Page()
-        if request.page_token:
-            with check.catching():
-                page = self._page(request.page_token, fingerprint, check.path("page_token"))
         fill_up = False
         if "filter_mode" in fields:
             check.known_enum("filter_mode", request)
@@ -129,7 +122,6 @@ class RequestConverter:
             serving_config=serving_config,
             item_ids=item_ids,
             page_size=check.page_size(request.page_size),
-            page=page,
             filter_text=check.filter(request.filter),
             fill_up=fill_up,
             context_events=self._context_events(request, check) if is_recommend else (),
@@ -144,10 +136,13 @@ class RequestConverter:
             context_item_id=context_item_id,
             variant=check.variant(request.variant),
             window_seconds=check.window(request) if kind is ListKind.TRENDING else DEFAULT_WINDOW_SECONDS,
-            fingerprint=fingerprint,
         )
+        fingerprint, page = _fingerprint(query), query.page
+        if request.page_token:
+            with check.catching():
+                page = self._page(request.page_token, fingerprint, check.path("page_token"))
         check.finish()
-        return query
+        return replace(query, fingerprint=fingerprint, page=page)
 
     def explain_query(self, request: pb.ExplainRequest) -> tuple[Query, str]:
         """Returns the query and the item of an Explain request; raises as `query`."""
@@ -243,6 +238,11 @@ def check_page_size(value: int) -> int:
     return min(value, MAX_LIST_SIZE) or DEFAULT_LIST_SIZE
 
 
+@functools.cache
+def _fields_of(descriptor: Descriptor) -> frozenset[str]:
+    return frozenset(field.name for field in descriptor.fields)
+
+
 class _Checker:
     """Collects what is wrong with a request, so that all of it is told at once."""
 
@@ -323,7 +323,7 @@ class _Checker:
 
     def known_enum(self, field: str, request: Any) -> None:
         value = getattr(request, field)
-        if value not in request.DESCRIPTOR.fields_by_name[field].enum_type.values_by_number:
+        if value not in _ENUM_VALUES[field]:
             self.wrong(field, f"{value} is not a value of its enum")
 
     def window(self, request: pb.TrendingRequest) -> float:
@@ -358,12 +358,23 @@ class _Catching:
         return False
 
 
-def _fingerprint(kind: ListKind, request: Message) -> bytes:
-    """Returns 16 bytes by which a page token knows the request that it continues."""
-    same: Any = type(request)()
-    same.CopyFrom(request)
-    for field in _NOT_IN_FINGERPRINT:
-        if field in request.DESCRIPTOR.fields_by_name:
-            same.ClearField(field)
-    content = kind.value.encode() + b"\x00" + same.SerializeToString(deterministic=True)
-    return hashlib.blake2b(content, digest_size=16).digest()
+def _fingerprint(query: Query) -> bytes:
+    """Returns 16 bytes by which a page token knows the request that it continues: all but what may differ."""
+    same = (
+        query.kind.value,
+        query.user_key,
+        query.placement,
+        query.serving_config,
+        query.item_ids,
+        query.filter_text,
+        query.fill_up,
+        query.context_events,
+        query.cart_item_ids,
+        query.exclude_item_ids,
+        query.seed,
+        query.with_records,
+        query.context_item_id,
+        query.variant,
+        query.window_seconds,
+    )
+    return hashlib.blake2b(repr(same).encode("utf-8", "surrogatepass"), digest_size=16).digest()

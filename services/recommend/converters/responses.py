@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from shopkeeper.profile.v1 import item_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2, serving_config_pb2
 
@@ -17,32 +18,90 @@ from shared.tokens import TokenSigner
 
 def response_of(answer: Answer, signer: TokenSigner, next_page_token: str) -> pb.RecommendResponse:
     """Returns the message of an answer, its attribution token signed."""
-    response = pb.RecommendResponse(
-        attribution_token=answer.attribution.sign(signer),
-        model=model_info_of(answer),
-        freshness=freshness_of(answer.freshness),
-        next_page_token=next_page_token,
+    return pb.RecommendResponse.FromString(wire_response_of(answer, signer, next_page_token))
+
+
+def wire_response_of(answer: Answer, signer: TokenSigner, next_page_token: str) -> bytes:
+    """Returns the serialised message of an answer: as `response_of`, and several times cheaper.
+
+    Records were serialised when the catalogue told of them, and are spliced in. What follows
+    concatenated on the wire is merged, so head and items may be written apart.
+    """
+    head = pb.RecommendResponse(
+        attribution_token=answer.attribution.sign(signer), next_page_token=next_page_token
     )
-    scores = answer.scores_K.tolist()
-    id_of = answer.index.id_of
-    for k, row in enumerate(answer.rows_K.tolist()):
-        item = response.items.add(
-            item_id=id_of(row), score=scores[k], position=answer.first_position + k, propensity=1.0
-        )
-        record = answer.records[k] if answer.records else None
-        if isinstance(record, item_pb2.Item):
-            item.item.CopyFrom(record)
-        if answer.reasons:
-            item.reasons.extend(reason_of(reason) for reason in answer.reasons[k])
-        if answer.purchase_counts_K is not None:
-            item.purchase_count = int(answer.purchase_counts_K[k])
-        if answer.expected_K is not None and not math.isnan(answer.expected_K[k]):
-            item.expected_time.CopyFrom(timestamp_of(float(answer.expected_K[k])))
+    write_freshness(head.freshness, answer.freshness)
     for degradation in answer.degraded:
-        response.degraded.append(degradation_of(degradation))
+        head.degraded.append(degradation_of(degradation))
     if answer.stages:
-        response.trace.CopyFrom(trace_of(answer))
-    return response
+        head.trace.CopyFrom(trace_of(answer))
+    parts = [
+        head.SerializeToString(),
+        _wire_model(
+            answer.model_name,
+            answer.model_version,
+            answer.config.serving_config_id,
+            answer.variant,
+            answer.catalog_version,
+        ),
+    ]
+    scores = answer.scores_K.tolist()
+    propensities = answer.attribution.propensities_K.tolist()
+    id_of, records, position = answer.index.id_of, answer.records, answer.first_position
+    further = answer.reasons or answer.purchase_counts_K is not None or answer.expected_K is not None
+    for k, row in enumerate(answer.rows_K.tolist()):
+        record = records[k] if records else None
+        if isinstance(record, bytes):
+            front = record
+        else:
+            item_id = id_of(row).encode()
+            front = b"\x0a" + _varint(len(item_id)) + item_id
+        # Fields 2, 6 and 5: a double, a float, a number below 2**21.
+        body = front + _SCORE.pack(0x11, scores[k], 0x35, propensities[k], 0x28) + _varint(position + k)
+        if further:
+            body += _further(answer, k).SerializeToString()
+        parts += (b"\x0a", _varint(len(body)), body)
+    return b"".join(parts)
+
+
+_SCORE = struct.Struct("<BdBfB")
+
+
+def _further(answer: Answer, k: int) -> recommendation_pb2.RecommendedItem:
+    item = recommendation_pb2.RecommendedItem()
+    if answer.reasons:
+        item.reasons.extend(reason_of(reason) for reason in answer.reasons[k])
+    if answer.purchase_counts_K is not None:
+        item.purchase_count = int(answer.purchase_counts_K[k])
+    if answer.expected_K is not None and not math.isnan(answer.expected_K[k]):
+        item.expected_time.CopyFrom(timestamp_of(float(answer.expected_K[k])))
+    return item
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return _SMALL[number]
+    written = bytearray()
+    while number >= 0x80:
+        written.append(number & 0x7F | 0x80)
+        number >>= 7
+    written.append(number)
+    return bytes(written)
+
+
+_SMALL = [bytes([number]) for number in range(0x80)]
+
+
+@functools.lru_cache(maxsize=256)
+def _wire_model(name: str, version: str, serving_config: str, variant: str, catalog_version: int) -> bytes:
+    info = recommendation_pb2.ModelInfo(
+        name=name,
+        version=version,
+        serving_config=serving_config,
+        variant=variant,
+        catalog_version=catalog_version,
+    )
+    return pb.RecommendResponse(model=info).SerializeToString()
 
 
 def model_info_of(answer: Answer) -> recommendation_pb2.ModelInfo:
@@ -105,12 +164,25 @@ def degradation_of(degradation: Degradation) -> recommendation_pb2.Degradation:
 
 def freshness_of(freshness: Freshness) -> recommendation_pb2.Freshness:
     """Returns the message of a freshness."""
-    message = recommendation_pb2.Freshness(watermark=freshness.watermark, events_used=freshness.events_used)
-    for field in ("watermark_time", "newest_event_time", "catalog_time"):
-        seconds = getattr(freshness, field)
-        if seconds is not None:
-            getattr(message, field).CopyFrom(timestamp_of(seconds))
+    message = recommendation_pb2.Freshness()
+    write_freshness(message, freshness)
     return message
+
+
+def write_freshness(message: recommendation_pb2.Freshness, freshness: Freshness) -> None:
+    """Writes a freshness into its message."""
+    message.watermark = freshness.watermark
+    message.events_used = freshness.events_used
+    for time, written in (
+        (freshness.watermark_time, message.watermark_time),
+        (freshness.newest_event_time, message.newest_event_time),
+        (freshness.catalog_time, message.catalog_time),
+    ):
+        if time is not None:
+            seconds, nanos = _seconds_and_nanos(time)
+            written.seconds, written.nanos = seconds, nanos
+            # A time of 0 is a time all the same.
+            written.SetInParent()
 
 
 def trace_of(answer: Answer) -> recommendation_pb2.Trace:
@@ -169,9 +241,14 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
 
 def timestamp_of(seconds: float) -> Timestamp:
     """Returns the message of a time in seconds since 1970, held within the years 1 to 9999."""
+    whole, nanos = _seconds_and_nanos(seconds)
+    return Timestamp(seconds=whole, nanos=nanos)
+
+
+def _seconds_and_nanos(seconds: float) -> tuple[int, int]:
     seconds = min(max(seconds, -62135596800.0), 253402300799.0)
     whole = math.floor(seconds)
-    return Timestamp(seconds=whole, nanos=min(int((seconds - whole) * 1e9), 999_999_999))
+    return whole, min(int((seconds - whole) * 1e9), 999_999_999)
 
 
 def status_of(status: ServiceStatus) -> pb.GetModelStatusResponse:

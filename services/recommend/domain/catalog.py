@@ -41,7 +41,7 @@ class CatalogItem:
         numbers: values by numeric attribute, finite.
         flags: values by boolean attribute.
         placeholder: known only from events.
-        record: the record as the caller is to get it; opaque here.
+        record: the record as the caller is to get it, serialised; opaque here.
     """
 
     item_id: str

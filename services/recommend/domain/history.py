@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.event_kinds import INTEREST_KINDS, EventKind
 
-_INTEREST_KINDS = np.array(sorted(INTEREST_KINDS), dtype=np.int32)
+# By kind, and one entry more: a kind of a later contract is clipped to it. `np.isin` takes ten times as long.
+_IS_INTEREST = np.isin(np.arange(max(EventKind) + 2), sorted(INTEREST_KINDS))
 
 MAX_EVENTS = 200
 """The newest events that a history keeps."""
@@ -28,9 +31,20 @@ class History:
     rows_N: npt.NDArray[np.int32]
     kinds_N: npt.NDArray[np.int32]
     times_N: npt.NDArray[np.float64]
+    _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows_N)
+
+    def derived(self, name: str, version: str, make: Callable[[], Any]) -> Any:
+        """Returns what follows from the history alone, made once for each version of what makes it.
+
+        Several requests come between two events of a shopper; only the newest version is kept.
+        """
+        held = self._derived.get(name)
+        if held is None or held[0] != version:
+            held = self._derived[name] = (version, make())
+        return held[1]
 
     def followed_by(self, later: History) -> History:
         """Returns both, by time; an event of `later` that is here already (row, kind, time) counts once.
@@ -66,10 +80,17 @@ class History:
 
     def seen_rows(self) -> npt.NDArray[np.int32]:
         """Returns the rows of the items that the shopper has shown an interest in, int32, ascending."""
-        return np.unique(self.rows_N[np.isin(self.kinds_N, _INTEREST_KINDS)])
+        rows: npt.NDArray[np.int32] = self.derived(
+            "seen", "", lambda: np.unique(self.rows_N[_IS_INTEREST.take(self.kinds_N, mode="clip")])
+        )
+        return rows
 
     def owned_rows(self) -> npt.NDArray[np.int32]:
         """Returns the rows of the items bought more often than sent back, int32, ascending."""
+        rows: npt.NDArray[np.int32] = self.derived("owned", "", self._owned_rows)
+        return rows
+
+    def _owned_rows(self) -> npt.NDArray[np.int32]:
         bought = self.rows_N[self.kinds_N == EventKind.PURCHASE]
         if not len(bought):
             return bought

@@ -12,26 +12,36 @@ Float32 = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int32]
 
 
+_BLOCKS = 16
+
+
 def top_rows(score_R: Float32, eligible_R: npt.NDArray[np.bool_], count: int) -> Rows:
     """Returns the rows of the `count` highest scores among the eligible, best first, int32.
 
     Rows with a score of -inf have none and are never returned. Ties: the lower row first.
     """
     masked_R = np.where(eligible_R, score_R, np.float32(-np.inf))
-    if count < len(masked_R):
-        ascending_R = masked_R.copy()
-        ascending_R.partition(len(masked_R) - count)
-        threshold = ascending_R[len(masked_R) - count]
-        rows = np.flatnonzero(masked_R >= threshold)
-        if len(rows) > count:
-            # Of those equal to the count-th score only the lowest rows.
-            above, equal = rows[masked_R[rows] > threshold], rows[masked_R[rows] == threshold]
-            rows = np.concatenate([above, equal[: count - len(above)]])
-    else:
-        rows = np.arange(len(masked_R))
+    rows = np.flatnonzero(masked_R >= _lower_bound(masked_R, count))
     scores = masked_R[rows]
-    rows, scores = rows[scores > -np.inf], scores[scores > -np.inf]
-    return rows[np.lexsort((rows, -scores))].astype(np.int32)
+    if count < len(rows):
+        threshold = np.partition(scores, len(rows) - count)[len(rows) - count]
+        near = scores >= threshold
+        rows, scores = rows[near], scores[near]
+    scored = scores > -np.inf
+    rows, scores = rows[scored], scores[scored]
+    return rows[np.lexsort((rows, -scores))][:count].astype(np.int32)
+
+
+def _lower_bound(score_R: Float32, count: int) -> np.float32:
+    """Returns a value that at least `count` scores reach, or -inf.
+
+    The count-th largest of the maxima of disjoint blocks is one, and costs a sixteenth of a partition.
+    """
+    width = len(score_R) // _BLOCKS
+    if width <= count:
+        return np.float32(-np.inf)
+    maxima_W = score_R[: _BLOCKS * width].reshape(_BLOCKS, width).max(axis=0)
+    return np.float32(np.partition(maxima_W, width - count)[width - count])
 
 
 def maximal_marginal_relevance(
@@ -58,14 +68,15 @@ def maximal_marginal_relevance(
     cosine_CC = (unit_vectors_CD @ unit_vectors_CD.T) * np.float32(strength)
     gain_C = np.float32(1 - strength) * scaled_C
     penalty_C = np.full(candidate_count, -np.inf, dtype=np.float32)
-    order = np.empty(count, dtype=np.int64)
-    best = int(gain_C.argmax())
-    for place in range(count):
-        order[place] = best
+    order = [int(gain_C.argmax())]
+    net_C = np.empty_like(gain_C)
+    while len(order) < count:
+        best = order[-1]
         np.maximum(penalty_C, cosine_CC[best], out=penalty_C)
         gain_C[best] = -np.inf
-        best = int((gain_C - penalty_C).argmax())
-    return order
+        np.subtract(gain_C, penalty_C, out=net_C)
+        order.append(int(net_C.argmax()))
+    return np.array(order, dtype=np.int64)
 
 
 def naive_maximal_marginal_relevance(

@@ -379,14 +379,15 @@ class Recommender:
                 )
         made: dict[int, Tier] = {}
         unseen_R, seen_R = eligibility.split_by_seen()
-        unscored_R = scores.score_R == -np.inf
 
         def first() -> Tier:
             return Tier(scores.sources[0], scores.score_R, unseen_R)
 
         def new_items() -> Tier:
             # What the model has not learnt yet comes after everything that it has: never lost, never first.
-            return Tier(Source.NEW_ITEMS, newest_scores(world), eligibility.eligible_R & unscored_R)
+            return Tier(
+                Source.NEW_ITEMS, newest_scores(world), eligibility.eligible_R & (scores.score_R == -np.inf)
+            )
 
         def seen_items() -> Tier:
             # Rather something they know than nothing.

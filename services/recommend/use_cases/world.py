@@ -46,6 +46,8 @@ class World:
 
     def by_row(self, values_I: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Returns the values of the model's items by row, (R,), -inf for items that it does not know."""
+        if self._rows_are_indices and len(values_I) == self.size:
+            return values_I
         values_R = np.full(self.size, -np.inf, dtype=np.float32)
         if self.model is not None:
             if self._rows_are_indices:

@@ -1,0 +1,454 @@
+"""How fast recommendations are served, and what one costs: `make bench-serve ITEMS=12000`.
+
+The real process, started as in production, follows a stand-in of the profile service in a process of its own
+and reads a published bundle: random vectors in clusters, an untrained Transformer of the trainer's own
+architecture (where TensorFlow is installed; else the sum of the history), counted neighbours. Every request
+takes the whole way: history from memory, encoder, exact scores over the catalogue, filters, diversity, reasons
+(in a run of their own), records, signed token, 20 items.
+
+The load comes from h2load, in C (Debian: nghttp2-client), one process for each of several shoppers; without it
+from a Python client, which costs as much as the server and is said to be the generator. CPU a request is the
+server's own, from the kernel's account of its process. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+from shopkeeper.profile.v1 import catalog_service_pb2, item_pb2
+from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
+from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
+
+from shared.bundle import Registry, load_bundle
+from shared.bundle.history import encoder_inputs, history_from_events
+from shared.bundle.scoring import CooccurrenceMatrix, blended_scores, cooccurrence_scores
+from shared.bundle.sum_encoder import build_sum_encoder
+from shared.bundle.writer import write_bundle
+from shared.event_kinds import EventKind
+from shared.keys import ensure_development_keys, read_signing_key, read_verifying_key
+from shared.privacy import Pseudonymizer
+from tests.recommend.shop import FakeProfile, ProfileServer, point
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+METHOD = "/shopkeeper.recommend.v1.RecommendService/Recommend"
+DIMENSION = 64
+MAX_HISTORY = 64
+NEIGHBOURS = 50
+EVENTS = 40
+PAGE_SIZE = 20
+SHOPPERS = 200
+STREAMS = 4
+OPEN_LOOP_RATE = 500
+
+_TRANSFORMER = """
+import sys
+from services.trainer.domain.hyper_parameters import HyperParameters
+from services.trainer.pipeline.export import convert
+from services.trainer.pipeline.transformer import Encoder
+import tensorflow as tf
+size = HyperParameters(dimension={dimension}, max_history={length})
+encoder = Encoder(size)
+encoder(tf.zeros((1, size.max_history, size.dimension)), tf.zeros((1, size.max_history), tf.int32),
+        tf.ones((1, size.max_history, size.max_history)))
+open(sys.argv[1], "wb").write(convert(encoder))
+"""
+
+
+def encoder_of(home: Path) -> tuple[bytes, str]:
+    """Returns the encoder's model and what it is."""
+    path = home / "encoder.tflite"
+    code = _TRANSFORMER.format(dimension=DIMENSION, length=MAX_HISTORY)
+    made = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=REPOSITORY, capture_output=True, check=False
+    )
+    if made.returncode == 0:
+        return path.read_bytes(), "transformer"
+    return build_sum_encoder(MAX_HISTORY, DIMENSION), "sum of the history"
+
+
+def item_id(number: int) -> str:
+    return f"item-{number:07d}"
+
+
+def publish(home: Path, items: int) -> str:
+    """Publishes the bundle; returns what its encoder is."""
+    random = np.random.default_rng(1)
+    centres = random.normal(size=(max(20, items // 100), DIMENSION))
+    cluster_I = random.integers(0, len(centres), items)
+    vectors_ID = (centres[cluster_I] + 0.7 * random.normal(size=(items, DIMENSION))) / 4
+    neighbours_IN = np.sort(random.integers(0, items, (items, NEIGHBOURS)), axis=1).astype(np.int32)
+    encoder_bytes, name = encoder_of(home)
+    version = write_bundle(
+        Registry(home / "registry"),
+        "main",
+        arrays={
+            "item_vectors": vectors_ID.astype(np.float32),
+            "item_bias": np.zeros(items, np.float32),
+            "popularity": (1e4 / np.arange(1, items + 1)).astype(np.float32),
+            "cooccurrence_indptr": np.arange(items + 1, dtype=np.int64) * NEIGHBOURS,
+            "cooccurrence_indices": neighbours_IN.ravel(),
+            "cooccurrence_weights": random.random(items * NEIGHBOURS).astype(np.float32) / NEIGHBOURS,
+        },
+        vocabulary=[item_id(number) for number in range(items)],
+        encoder_bytes=encoder_bytes,
+        manifest_fields={
+            "encoder": {"max_history": MAX_HISTORY, "dimension": DIMENSION},
+            "scoring": {"lambda": 0.5, "scale": 30.0, "query_decay": 0.6065, "window": 50},
+        },
+        attachments={},
+        signing_key=read_signing_key(home / "keys"),
+    )
+    point(home / "registry", version)
+    return name
+
+
+class BenchProfile(FakeProfile):
+    """The stand-in with a catalogue that arrives in parts: one message would be too large."""
+
+    def __init__(self, items: int) -> None:
+        super().__init__()
+        self._count = items
+
+    def WatchItems(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        if not request.resume_token:
+            for start in range(0, self._count, 1000):
+                yield catalog_service_pb2.WatchItemsResponse(
+                    reset=start == 0,
+                    upserted=[record(n) for n in range(start, min(self._count, start + 1000))],
+                )
+        while context.is_active() and self._running:
+            yield catalog_service_pb2.WatchItemsResponse(snapshot_complete=True, watermark=b"1")
+            time.sleep(0.25)
+
+
+def record(number: int) -> item_pb2.Item:
+    """Returns a record of some 350 bytes, as shops have them."""
+    item = item_pb2.Item(
+        item_id=item_id(number),
+        title=f"A thing that people buy, model {number}",
+        description="Made of what such things are made of, and described at the length that is usual. " * 2,
+        brand=f"brand-{number % 200}",
+        category_path=["everything", f"shelf-{number % 30}", f"board-{number % 300}"],
+        price_micros=(number % 500 + 1) * 990_000,
+        currency_code="EUR",
+        stock_quantity=number % 50 + 1,
+        rating_mean=4.2,
+        rating_count=17,
+    )
+    item.attributes.add(key="colour", text=("red", "green", "blue")[number % 3])
+    item.update_time.FromSeconds(1_750_000_000 + number)
+    return item
+
+
+def history_of(shopper: int, items: int) -> list[tuple[str, EventKind]]:
+    """Returns a shopper's events, oldest first."""
+    random = np.random.default_rng(1000 + shopper)
+    kinds = [EventKind.ITEM_VIEW] * 8 + [EventKind.ADD_TO_CART, EventKind.PURCHASE]
+    return [(item_id(int(n)), kinds[k % 10]) for k, n in enumerate(random.zipf(1.3, EVENTS) * 7919 % items)]
+
+
+def serve_profile(home: Path, items: int) -> None:
+    """Serves the stand-in until standard input ends."""
+    pseudonymizer = Pseudonymizer.from_directory(home / "keys")
+    profile = BenchProfile(items)
+    now = time.time()
+    for shopper in range(SHOPPERS):
+        key = bytes(pseudonymizer.user_key(f"shopper-{shopper}"))
+        for age, event in enumerate(history_of(shopper, items)):
+            profile.record(key, event, at=now - 3600 + age)
+    server = ProfileServer(profile)
+    print(server.port, flush=True)
+    sys.stdin.read()
+    server.kill()
+
+
+def request_of(shopper: int, **fields: Any) -> pb.RecommendRequest:
+    return pb.RecommendRequest(user_id=f"shopper-{shopper}", page_size=PAGE_SIZE, **fields)
+
+
+class H2Load:
+    """h2load: one process a shopper, so that answers are not all the same."""
+
+    name = "h2load"
+
+    def __init__(self, port: int, home: Path) -> None:
+        self._url = f"http://127.0.0.1:{port}{METHOD}"
+        self._home = home
+
+    def run(
+        self, requests: list[pb.RecommendRequest], seconds: float, rate: float | None = None
+    ) -> tuple[float, list[float], int]:
+        """Returns requests/s, milliseconds of each request, and bytes of answers.
+
+        Args:
+            rate: requests/s altogether in an open loop; None: as fast as it goes.
+        """
+        running = []
+        for number, request in enumerate(requests):
+            body = request.SerializeToString()
+            data, log = self._home / f"body-{number}", self._home / f"log-{number}"
+            data.write_bytes(struct.pack(">BI", 0, len(body)) + body)
+            log.unlink(missing_ok=True)
+            options = ["-D", f"{round(seconds * 1e3)}ms", "-c1", "-m", str(STREAMS if rate is None else 100)]
+            if rate is not None:
+                options += [f"--rps={rate / len(requests):g}"]
+            headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+            running.append(
+                subprocess.Popen(
+                    ["h2load", *options, *headers, "-d", str(data), f"--log-file={log}", self._url],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        traffic = 0
+        for process in running:
+            output, _ = process.communicate(timeout=seconds + 60)
+            traffic += int(re.search(r"\((\d+)\) data", output)[1])  # type: ignore[index]
+            if not (codes := re.search(r"(\d+) 2xx, 0 3xx, 0 4xx, 0 5xx", output)) or codes[1] == "0":
+                raise SystemExit(f"calls failed:\n{output}")
+        took = []
+        for number in range(len(requests)):
+            lines = (self._home / f"log-{number}").read_text().splitlines()
+            took += [int(line.split("\t")[2]) / 1e3 for line in lines]
+        return len(took) / seconds, took, traffic
+
+
+class PythonLoad:
+    """A lean client of grpcio in this process: threads, messages as bytes."""
+
+    name = "python"
+
+    def __init__(self, port: int, home: Path) -> None:
+        self._address = f"127.0.0.1:{port}"
+
+    def run(
+        self, requests: list[pb.RecommendRequest], seconds: float, rate: float | None = None
+    ) -> tuple[float, list[float], int]:
+        """As `H2Load.run`; in the open loop a late start counts as waiting."""
+        took: list[float] = []
+        sizes: list[int] = []
+        end = time.perf_counter() + seconds
+
+        def call_on(body: bytes, pace: float | None, offset: float) -> None:
+            with grpc.insecure_channel(self._address) as channel:
+                call: Any = channel.unary_unary(METHOD)
+                due = time.perf_counter() + offset
+                while due < end and time.perf_counter() < end:
+                    if pace is not None:
+                        time.sleep(max(0.0, due - time.perf_counter()))
+                    start = due if pace is not None else time.perf_counter()
+                    sizes.append(len(call(body, timeout=10)))
+                    took.append(1e3 * (time.perf_counter() - start))
+                    due = due + pace if pace is not None else time.perf_counter()
+
+        count = len(requests) * STREAMS
+        threads = [
+            threading.Thread(
+                target=call_on,
+                args=(
+                    requests[n % len(requests)].SerializeToString(),
+                    rate and count / rate,
+                    n / rate if rate else 0.0,
+                ),
+            )
+            for n in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return len(took) / seconds, took, sum(sizes)
+
+
+class Bench:
+    """The stand-in, the service, and the shoppers' requests."""
+
+    def __init__(self, home: Path, items: int) -> None:
+        self.home, self.items = home, items
+        ensure_development_keys(home / "keys")
+        self.encoder = publish(home, items)
+        self.profile = subprocess.Popen(
+            [sys.executable, "-m", "tests.benchmarks.bench_serve", "--serve-profile", str(home), "--items", str(items)],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        assert self.profile.stdout is not None
+        profile_port = int(self.profile.stdout.readline())
+        self.log = home / "server.log"
+        environment = {
+            **os.environ,
+            "SHOPKEEPER_HOME": str(home),
+            "SHOPKEEPER_LISTEN": "127.0.0.1:0",
+            "SHOPKEEPER_PROFILE_ADDRESS": f"127.0.0.1:{profile_port}",
+        }
+        started = time.perf_counter()
+        with self.log.open("wb") as stream:
+            self.server = subprocess.Popen(
+                [sys.executable, "-m", "services.recommend"], cwd=REPOSITORY, env=environment, stderr=stream
+            )
+        while "recommend ready on 127.0.0.1:" not in (text := self.log.read_text()):
+            if self.server.poll() is not None or time.perf_counter() - started > 120:
+                raise SystemExit(f"the server did not start:\n{text}")
+            time.sleep(0.01)
+        self.port = int(text.partition("recommend ready on 127.0.0.1:")[2].split('"')[0])
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
+        self.stub = recommend_service_pb2_grpc.RecommendServiceStub(self.channel)
+        self.stub.Recommend(request_of(0), timeout=30, wait_for_ready=True)
+        self.start_seconds = time.perf_counter() - started
+        while self.stub.Recommend(request_of(0), timeout=30).degraded:
+            time.sleep(0.05)
+        self.complete_seconds = time.perf_counter() - started
+        self.load = (H2Load if shutil.which("h2load") else PythonLoad)(self.port, home)
+        self._process = psutil.Process(self.server.pid)
+
+    def warm(self) -> int:
+        """Asks once for every shopper; returns the bytes of the shortest answer."""
+        shortest = 1 << 30
+        for shopper in range(SHOPPERS):
+            answer = self.stub.Recommend(request_of(shopper), timeout=10)
+            if len(answer.items) != PAGE_SIZE or answer.degraded or not answer.items[0].item.title:
+                raise SystemExit(f"an answer is not whole: {answer}")
+            shortest = min(shortest, answer.ByteSize())
+        return shortest
+
+    def measure(
+        self, requests: list[pb.RecommendRequest], seconds: float, shortest: int, rate: float | None = None
+    ) -> dict[str, float]:
+        before = self._process.cpu_times()
+        achieved, took, traffic = self.load.run(requests, seconds, rate)
+        after = self._process.cpu_times()
+        if traffic < 0.9 * shortest * len(took):
+            raise SystemExit("answers are missing: some calls failed")
+        used = after.user + after.system - before.user - before.system
+        took.sort()
+        return {
+            "rate": round(achieved, 1),
+            "cpu_ms": round(1e3 * used / len(took), 3),
+            "p50_ms": round(statistics.median(took), 2),
+            "p99_ms": round(took[int(len(took) * 0.99)], 2),
+        }
+
+    def recall_at_100(self, shoppers: int = 20) -> float:
+        """Returns the share of the 100 best items, by the formula over the whole catalogue, that are found."""
+        registry = Registry(self.home / "registry")
+        version = registry.alias("main", "production").version  # type: ignore[union-attr]
+        bundle = load_bundle(registry.version_path("main", version), read_verifying_key(self.home / "keys"))
+        matrix: CooccurrenceMatrix = bundle.cooccurrence
+        found = 0
+        for shopper in range(shoppers):
+            events = history_of(shopper, self.items)
+            read = history_from_events([i for i, _ in events], [int(k) for _, k in events], bundle.index_of)
+            query_D = bundle.encoder.encode(*encoder_inputs(read, bundle.item_vectors, MAX_HISTORY))
+            scores_I = blended_scores(
+                bundle.item_vectors @ query_D + bundle.item_bias,
+                cooccurrence_scores(matrix, read.indices_H, bundle.scoring),
+                bundle.scoring,
+            )
+            best = {item_id(int(n)) for n in np.argsort(-scores_I, kind="stable")[:100]}
+            # A search leaves nothing out that the shopper knows already.
+            request = pb.RecommendRequest(user_id=f"shopper-{shopper}", page_size=100, placement="search")
+            answer = self.stub.Recommend(request, timeout=10)
+            found += len(best & {entry.item_id for entry in answer.items})
+        return found / (100 * shoppers)
+
+    def close(self) -> None:
+        self.channel.close()
+        self.server.terminate()
+        assert self.profile.stdin is not None
+        self.profile.stdin.close()
+        for process in (self.server, self.profile):
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def environment() -> dict[str, Any]:
+    """Returns what the numbers depend on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+    }
+
+
+def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
+    """Yields each number with its name, as soon as it is known."""
+    yield "items", bench.items
+    yield "encoder", bench.encoder
+    yield "load_generator", bench.load.name
+    yield "start_seconds", round(bench.start_seconds, 2)
+    yield "catalogue_seconds", round(bench.complete_seconds, 2)
+    shortest = bench.warm()
+    requests = [request_of(shopper) for shopper in range(4)]
+    bench.measure(requests, 1.0, shortest)
+    closed = [bench.measure(requests, seconds, shortest) for _ in range(2)]
+    yield "requests_per_second", max(one["rate"] for one in closed)
+    yield "cpu_ms_per_request", min(one["cpu_ms"] for one in closed)
+    ids_only = [request_of(shopper, item_view=pb.ITEM_VIEW_ID) for shopper in range(4)]
+    yield "cpu_ms_per_request_ids_only", bench.measure(ids_only, seconds / 2, 0)["cpu_ms"]
+    explained = [request_of(shopper, include_explanations=True) for shopper in range(4)]
+    yield "cpu_ms_per_request_with_reasons", bench.measure(explained, seconds / 2, shortest)["cpu_ms"]
+    opened = bench.measure(requests, seconds, shortest, OPEN_LOOP_RATE)
+    yield "open_loop_requests_per_second", opened["rate"]
+    yield "open_loop_cpu_ms_per_request", opened["cpu_ms"]
+    yield "p50_ms", opened["p50_ms"]
+    yield "p99_ms", opened["p99_ms"]
+    yield "recall_at_100", round(bench.recall_at_100(), 4)
+    yield "rss_mb", round(psutil.Process(bench.server.pid).memory_info().rss / 1e6)
+    yield "environment", environment()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--items", type=int, default=12_000, help="items of catalogue and model")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument("--serve-profile", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve_profile is not None:
+        serve_profile(arguments.serve_profile, arguments.items)
+        return
+    home = Path(tempfile.mkdtemp(prefix="shopkeeper-bench-"))
+    began = time.perf_counter()
+    bench = None
+    try:
+        bench = Bench(home, arguments.items)
+        numbers: dict[str, Any] = {}
+        for name, value in measured(bench, arguments.seconds):
+            numbers[name] = value
+            print(f"{name:32} {value}", flush=True)
+        numbers["seconds"] = round(time.perf_counter() - began, 1)
+        print(json.dumps(numbers), flush=True)
+    finally:
+        if bench is not None:
+            bench.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
