@@ -433,7 +433,14 @@ def demo(
     once: Annotated[
         bool, typer.Option("--once", help="End by itself; exit code 1 when the loop does not hold.")
     ] = False,
-    home: HomeOption = None,
+    home: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--home",
+            help=f"Home directory. Default: SHOPKEEPER_HOME, else ./{DEMO_HOME}. Erased first if a demo made it.",
+            show_default=False,
+        ),
+    ] = None,
     first_port: FirstPortOption = None,
 ) -> None:
     """The whole loop on this machine: events in, a model trained, recommendations out. Starts afresh each time."""
