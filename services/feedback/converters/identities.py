@@ -42,7 +42,8 @@ class Door:
 
     def __init__(self, pseudonymizer: Pseudonymizer, tombstone_secret: bytes) -> None:
         self._pseudonymizer = pseudonymizer
-        self._tombstone = HmacSha256(tombstone_secret, b"tombstone\x00")
+        self._key_of_normal = pseudonymizer.key_of_normal
+        self._tombstone_digest = HmacSha256(tombstone_secret, b"tombstone\x00").digest
         # Keyed states are prepared once and copied: half the price of a new one on the hot path.
         self._digest = hashlib.blake2b(
             digest_size=8, key=hmac.digest(tombstone_secret, b"payload digest", "sha256")
@@ -69,13 +70,12 @@ class Door:
     def keys_of(self, user_id: str) -> tuple[bytes, bytes]:
         """Returns the current user key and the tombstone key; raises InvalidInput for a bad id."""
         normal = (user_id if is_plain_id(user_id) else normalise_user_id(user_id)).encode()
-        return self._pseudonymizer.key_of_normal(normal), self._tombstone_key(normal)
+        return self._key_of_normal(normal), self._tombstone_digest(normal)[:USER_KEY_BYTES]
 
     def person(self, user_id: str) -> Person:
         """Returns all keys of a person; raises InvalidInput for a bad id."""
-        return Person(
-            self._pseudonymizer.all_keys(user_id), self._tombstone_key(normalise_user_id(user_id).encode())
-        )
+        normal = normalise_user_id(user_id).encode()
+        return Person(self._pseudonymizer.all_keys(user_id), self._tombstone_digest(normal)[:USER_KEY_BYTES])
 
     def session_key(self, session_id: str) -> bytes:
         """Returns 16 bytes of keyed BLAKE2b of a session id."""
@@ -88,6 +88,3 @@ class Door:
         state = self._digest.copy()
         state.update(payload)
         return int.from_bytes(state.digest(), "big", signed=True)
-
-    def _tombstone_key(self, normal_user_id: bytes) -> bytes:
-        return self._tombstone.digest(normal_user_id)[:USER_KEY_BYTES]
