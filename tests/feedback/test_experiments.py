@@ -19,8 +19,10 @@ from shopkeeper.feedback.v1 import event_pb2, experiment_pb2, feedback_service_p
 from services.feedback.converters.experiments import from_create
 from services.feedback.domain.clustered import ClusteredSums
 from services.feedback.domain.experiments import DEFAULT_EXPECTED_PEOPLE
+from services.feedback.domain.metrics import Metric
 from services.feedback.domain.sample_ratio import sample_ratio_p_value
 from services.feedback.domain.sequential import difference_interval
+from services.feedback.storage.experiments import PostgresExperiments
 from shared.errors import InvalidInput
 from shared.experiments import Split, VariantShare, assign
 from tests.feedback.conftest import Shop, event, eventually
@@ -348,17 +350,23 @@ def test_retention_and_surveys_count_from_a_persons_first_recommendation_on(shop
         for number in range(120):
             user = f"{variant} {number}"
             events.append(shown(now - 15 * DAY, user, labels[variant], "a"))
-            events.append(survey(now - 16 * DAY, user, nps=0))  # Before they took part.
             events.append(survey(now - 14.5 * DAY, user, nps=10 if number < promoting else 3))
             if number < returning:
                 events.append(visit(now - 12 * DAY, user))
         # Their week is not over.
         events.append(shown(now - 2 * DAY, f"late {variant}", labels[variant], "a"))
+        # They answered before they took part.
+        events.append(survey(now - 3 * DAY, f"late {variant}", nps=0))
     record(shop, events)
     answer = report(shop)
     assert [variant.user_count for variant in answer.variants] == [121, 121]
     assert answer.variants[1].primary_difference.value == pytest.approx((110 - 60) / 120)
     assert answer.variants[1].broken_guard_rails == [metrics_pb2.METRIC_NPS]
+    store = PostgresExperiments(shop.feedback.database)
+    control, model = store.observe(store.get("ranking"), datetime.now(UTC)).variants
+    assert [variant.sums[Metric.NPS].n for variant in (control, model)] == [120, 120]
+    assert control.sums[Metric.NPS].ratio == pytest.approx((100 - 20) / 120 * 100)
+    assert control.sums[Metric.RETENTION_28_DAYS].n == 0
 
 
 def a_nps_guard_rail() -> experiment_pb2.GuardRail:

@@ -246,7 +246,8 @@ def test_the_last_answer_of_each_person_counts(shop: Shop) -> None:
         [
             survey(now - 3 * DAY, "ada", shelf, csat=1, nps=3),
             survey(now - 2 * DAY, "ada", shelf, nps=10),  # Says nothing of satisfaction: that answer stays.
-            survey(now - 2 * DAY, "bea", shelf, csat=4, nps=7),
+            survey(now - 2 * DAY, "bea", shelf, csat=2, nps=7),
+            survey(now - DAY, "bea", shelf, csat=4),
             survey(now - DAY, "eve", shelf, csat=4, nps=2),
         ],
     )
