@@ -156,7 +156,8 @@ class Experiment(_message.Message):
     """
     salt: _builtins.str
     """What the assignment is salted with, at most 64 characters. Defaults to the
-    experiment's id.
+    experiment's id. To let more people in, stop the experiment and create
+    another with the same salt and variants and a larger `traffic_fraction`.
     """
     state: Global___ExperimentState.ValueType
     """Where it stands."""
@@ -228,9 +229,13 @@ class Variant(_message.Message):
     variant_id: _builtins.str
     """The identity within the experiment, 1 to 63 characters of `[a-z0-9_-]`."""
     weight: _builtins.float
-    """Its share of the people who take part, relative to the others, above 0."""
+    """Its share of the people who take part, relative to the others, in
+    [1e-6, 1e6].
+    """
     serving_config: _builtins.str
-    """The serving configuration it uses, for example `popular`."""
+    """The serving configuration it uses, for example `popular`, 1 to 63
+    characters.
+    """
     def __init__(
         self,
         *,
