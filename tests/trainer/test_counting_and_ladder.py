@@ -9,14 +9,15 @@ from services.trainer.pipeline.dataset import Cleaning, clean, hold_out
 from services.trainer.pipeline.evaluation import (
     BLEND,
     Contestants,
-    choose_lambda,
+    choose_blend,
     climb_ladder,
     ndcg_at_10,
     popularity,
+    rank_by_fixed_scores,
     rank_by_query,
-    report_of,
 )
 from services.trainer.pipeline.gate import judge
+from services.trainer.pipeline.report import report_of
 from shared.bundle import ScoringParameters
 from shared.bundle.scoring import CooccurrenceMatrix, naive_blended_scores
 from shared.ranking_metrics import Interval
@@ -72,6 +73,7 @@ def ladder_case(exclude_seen: bool):
     counted = count_cooccurrence(histories.without_last(1), 50)
     contestants = Contestants(
         vectors_ID,
+        generator.normal(size=histories.item_count).astype(np.float32),
         counted,
         ScoringParameters(0.7),
         popularity(histories.without_last(1)),
@@ -92,13 +94,14 @@ def test_ranks_of_the_blend_and_of_the_transformer_are_those_of_the_formulas(mon
     monkeypatch.setattr("services.trainer.pipeline.evaluation._CHUNK_CELLS", 100)
     for exclude_seen in (True, False):
         histories, held_out, query_BD, contestants = ladder_case(exclude_seen)
-        ranks, _, best_B20 = climb_ladder(histories, held_out, query_BD, contestants, exclude_seen)
+        climb = climb_ladder(histories, held_out, query_BD, contestants, exclude_seen)
+        ranks, best_B20 = climb.ranks, climb.best_B20
         for row in range(len(held_out)):
             items, _ = held_out.prefix(histories, row)
             seen = set(items.tolist()) if exclude_seen else set()
             score_I = naive_blended_scores(
                 contestants.item_vectors_ID,
-                np.zeros(histories.item_count, np.float32),
+                contestants.item_bias_I,
                 contestants.cooccurrence,
                 query_BD[row],
                 items.astype(np.int64),
@@ -115,12 +118,44 @@ def test_ranks_of_the_blend_and_of_the_transformer_are_those_of_the_formulas(mon
         )
 
 
-def test_lambda_is_the_best_of_the_grid_and_zero_is_the_transformer_alone() -> None:
+def test_the_blend_is_the_best_of_the_pairs_tried_and_without_weights_it_is_the_transformer_alone() -> None:
     histories, held_out, query_BD, contestants = ladder_case(True)
-    best, tried = choose_lambda(histories, held_out, query_BD, contestants, True)
-    assert tried[best] == max(tried.values())
+    lambda_, mu, tried = choose_blend(histories, held_out, query_BD, contestants, True)
+    assert tried[lambda_, mu] == max(tried.values())
     alone_B = rank_by_query(histories, held_out, query_BD, contestants.item_vectors_ID, True)
-    assert np.isclose(tried[0.0], ndcg_at_10(alone_B).mean())
+    assert np.isclose(tried[0.0, 0.0], ndcg_at_10(alone_B).mean())
+
+
+def test_where_nothing_but_popularity_teaches_the_blend_is_no_worse_than_popularity() -> None:
+    generator = np.random.default_rng(5)
+    share_I = np.arange(40, 0, -1) ** 2.0
+    draws = [generator.choice(40, 6, p=share_I / share_I.sum()).tolist() for _ in range(400)]
+    histories = clean(columns_of(draws), Cleaning())
+    held_out = hold_out(histories, 1, False)
+    training = histories.without_last(1)
+    contestants = Contestants(
+        generator.normal(size=(histories.item_count, 4)).astype(np.float32),
+        np.zeros(histories.item_count, np.float32),
+        count_cooccurrence(training, 50),
+        ScoringParameters(1.0),
+        popularity(training),
+        popularity(training),
+    )
+    query_BD = generator.normal(size=(len(held_out), 4)).astype(np.float32)
+    lambda_, mu, tried = choose_blend(histories, held_out, query_BD, contestants, False)
+    assert mu > 0
+    popular = ndcg_at_10(rank_by_fixed_scores(histories, held_out, contestants.popularity_I, False)).mean()
+    assert tried[lambda_, mu] > 0.95 * popular
+    assert tried[lambda_, mu] > tried[lambda_, 0.0]
+
+
+def test_ranks_by_fixed_scores_are_those_of_the_whole_matrix() -> None:
+    for exclude_seen in (True, False):
+        histories, held_out, _, contestants = ladder_case(exclude_seen)
+        score_I = contestants.popularity_I
+        for row, rank in enumerate(rank_by_fixed_scores(histories, held_out, score_I, exclude_seen)):
+            seen = set(held_out.prefix(histories, row)[0].tolist()) if exclude_seen else set()
+            assert rank == naive_rank(score_I, int(held_out.target_B[row]), seen)
 
 
 def test_popularity_halves_with_every_half_life() -> None:
@@ -143,10 +178,11 @@ def test_popularity_halves_with_every_half_life() -> None:
 
 def report_with(lead: Interval, users: int = 100):
     histories, held_out, query_BD, contestants = ladder_case(True)
-    ranks, coverage, _ = climb_ladder(histories, held_out, query_BD, contestants, True)
+    climb = climb_ladder(histories, held_out, query_BD, contestants, True)
     report = report_of(
-        histories, held_out, ranks, coverage, seed=0, protocol="", resamples=100, confidence=0.95
-    )
+        histories, held_out, climb, contestants.item_vectors_ID,
+        seed=0, protocol="", resamples=100, confidence=0.95,
+    )  # fmt: skip
     fields = {name: getattr(report, name) for name in report.__dataclass_fields__}
     return type(report)(**{**fields, "lead_over_popularity": lead, "user_count": users})
 

@@ -6,10 +6,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.trainer.pipeline.evaluation import MEASURES, Report
 from services.trainer.pipeline.gate import Verdict
+from services.trainer.pipeline.report import MEASURES, Calibration, Comparison, Report
 
 CURVE, LADDER = "training_curve.png", "ladder.png"
+SLICES, RELIABILITY = "slices.png", "reliability.png"
+_BEYOND = ("coverage@10", "novelty@10", "diversity@10", "popularity_bias@10")
 
 
 def draw_curve(
@@ -44,11 +46,51 @@ def draw_ladder(report: Report) -> bytes:
     return _png(figure)
 
 
+def draw_slices(report: Report, comparison: Comparison | None = None) -> bytes:
+    """Returns a PNG of the blend's NDCG@10 by part of the people, beside the incumbent's where both were asked."""
+    plt = _pyplot()
+    parts = comparison.slices if comparison is not None and comparison.slices else report.slices
+    parts = tuple(reversed(parts))
+    figure, axes = plt.subplots(figsize=(7, 0.7 + 0.5 * max(len(parts), 1)), dpi=110)
+    found = [part.metrics["ndcg@10"] for part in parts]
+    errors = [[v.value - v.low for v in found], [v.high - v.value for v in found]]
+    places = list(range(len(parts)))
+    axes.barh(places, [v.value for v in found], 0.4, xerr=errors, color="tab:blue", capsize=3, label="blend")
+    old = [part.incumbent_metrics["ndcg@10"] for part in parts if part.incumbent_metrics]
+    if len(old) == len(parts) and old:
+        axes.barh(
+            [p - 0.4 for p in places],
+            [v.value for v in old],
+            0.4,
+            color="tab:grey",
+            label="version in service",
+        )
+        axes.legend()
+    axes.set_yticks(places, [f"{part.name} ({part.user_count:,})" for part in parts])
+    axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
+    return _png(figure)
+
+
+def draw_reliability(calibration: Calibration) -> bytes:
+    """Returns a PNG of how often items were wanted against how probable the blend held that."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(4, 3.6), dpi=110)
+    top = max(*calibration.expected, *calibration.observed, 1e-3) * 1.05
+    axes.plot([0, top], [0, top], color="tab:grey", linestyle=":", label="as it says")
+    axes.plot(calibration.expected, calibration.observed, "o-", color="tab:blue", label="blend, best 20")
+    axes.set_xlabel("mean probability")
+    axes.set_ylabel("share wanted")
+    axes.set_title(f"expected calibration error {calibration.error:.4f}", fontsize=9)
+    axes.legend()
+    return _png(figure)
+
+
 def write_card(
     *,
     model: str,
     report: Report,
     verdict: Verdict,
+    comparison: Comparison | None,
     data: Mapping[str, Any],
     hyper_parameters: Mapping[str, Any],
     notes: Sequence[str],
@@ -72,15 +114,33 @@ def write_card(
         f"{report.tied_share:.0%} of the held-out events share their time with the event before (a basket): "
         "their order is arbitrary, and part of every number here.",
         "",
-        "| | " + " | ".join((*MEASURES, "coverage@10")) + " |",
-        "|---|" + "---|" * (len(MEASURES) + 1),
+        "| | " + " | ".join(MEASURES) + " |",
+        "|---|" + "---|" * len(MEASURES),
     ]
     for rung in report.ladder:
         cells = [_cell(rung.metrics[name]) for name in MEASURES]
-        lines.append(f"| {rung.name} | {' | '.join(cells)} | {rung.metrics['coverage@10'].value:.3f} |")
+        lines.append(f"| {rung.name} | {' | '.join(cells)} |")
     lines += [
         "",
         f"![ladder]({LADDER})",
+        "",
+        "### Beyond being right",
+        "",
+        "Coverage: share of the catalogue that somebody is shown. Novelty: mean rarity of a shown item, bits. "
+        "Diversity: one less the mean cosine within a list. Popularity bias: how much more popular shown items are "
+        "than wanted ones, in percentiles; 0 is none.",
+        "",
+        "| | " + " | ".join(_BEYOND) + " |",
+        "|---|" + "---|" * len(_BEYOND),
+        *(
+            f"| {rung.name} | {' | '.join(f'{rung.metrics[name].value:.3f}' for name in _BEYOND)} |"
+            for rung in report.ladder
+        ),
+        "",
+        f"Calibration: the blend's probabilities for its best 20 are off by {report.calibration.error:.4f} on average "
+        "(expected calibration error).",
+        "",
+        f"![reliability]({RELIABILITY})",
         "",
         "### Slices of the blend",
         "",
@@ -91,6 +151,7 @@ def write_card(
         f"| {part.name} | {part.user_count:,} | {_cell(part.metrics['hr@10'])} | {_cell(part.metrics['ndcg@10'])} |"
         for part in report.slices
     ]
+    lines += ["", f"![slices]({SLICES})", *_versus(comparison)]
     lines += ["", "## Training", "", f"![training curve]({CURVE})", "", *(f"- {note}" for note in notes), ""]
     lines += ["## Data", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in data.items()), ""]
     lines += ["## Hyper-parameters", "", "| | |", "|---|---|"]
@@ -105,6 +166,22 @@ def write_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _versus(comparison: Comparison | None) -> list[str]:
+    if comparison is None:
+        return ["", "No version was in service to compare with."]
+    lead = comparison.lead
+    how = (
+        f"on {comparison.user_count:,} people whose held-out event is newer than anything it was trained on"
+        if comparison.same_people
+        else "between the measures at publication of each: too few events are newer than it"
+    )
+    return [
+        "",
+        f"Against the version in service, {comparison.version}: NDCG@10 {lead.value:+.4f} "
+        f"[{lead.low:.4f}, {lead.high:.4f}], {how}.",
+    ]
 
 
 def _cell(interval: Any) -> str:

@@ -81,7 +81,10 @@ class Histories:
 
     def without_last(self, count: int) -> Histories:
         """Returns every history without its last `count` events; shorter ones become empty."""
-        keep_U = np.maximum(self.length_U - count, 0)
+        return self.first(np.maximum(self.length_U - count, 0))
+
+    def first(self, keep_U: Int64) -> Histories:
+        """Returns the first `keep_U` events of each history."""
         kept = flat_positions(self.start_U1[:-1], keep_U)
         start_U1 = np.concatenate([[0], np.cumsum(keep_U)])
         return Histories(
@@ -178,9 +181,13 @@ def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut
     Needs `from_end` + 1 events. With `exclude_seen`, an event whose item the person had before is
     not held out: no ranking that leaves seen items out could contain it.
     """
-    length_U = histories.length_U
-    user_B = np.flatnonzero(length_U >= from_end + 1)
-    prefix_B = length_U[user_B] - from_end
+    return _hold_out_at(histories, histories.length_U - from_end, exclude_seen)
+
+
+def _hold_out_at(histories: Histories, place_U: Int64, exclude_seen: bool) -> HeldOut:
+    """Returns the event at a place of each history that has it, and one before it."""
+    user_B = np.flatnonzero((place_U >= 1) & (place_U < histories.length_U))
+    prefix_B = place_U[user_B]
     target_B = histories.item_E[histories.start_U1[user_B] + prefix_B].astype(np.int64)
     if exclude_seen:
         positions = flat_positions(histories.start_U1[user_B], prefix_B)
@@ -190,6 +197,66 @@ def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut
         ).astype(bool)
         user_B, target_B, prefix_B = user_B[~seen_B], target_B[~seen_B], prefix_B[~seen_B]
     return HeldOut(user_B, target_B, prefix_B)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """What is trained on, what chooses, what judges.
+
+    Attributes:
+        training_U, before_test_U: events of each history in training, and before the test.
+        validation, test: the held-out events.
+        words: the protocol, for people.
+    """
+
+    training_U: Int64
+    before_test_U: Int64
+    validation: HeldOut
+    test: HeldOut
+    words: str
+
+
+def leave_one_out(histories: Histories, exclude_seen: bool) -> Split:
+    """Returns the split that tests the last event of each person, and validates on the one before."""
+    length_U = histories.length_U
+    return Split(
+        np.maximum(length_U - 2, 0),
+        np.maximum(length_U - 1, 0),
+        hold_out(histories, 2, exclude_seen),
+        hold_out(histories, 1, exclude_seen),
+        "Leave one out: the last event of each person is the test, the one before chose passes and blend",
+    )
+
+
+def split_by_time(
+    histories: Histories, exclude_seen: bool, test_share: float = 0.1, test_from: int | None = None
+) -> Split:
+    """Returns the split at two moments: nothing that is trained on is later than anything that is tested.
+
+    Tests the first event of each person after the second moment, from the events before it.
+
+    Args:
+        test_share: share of the events after the second moment; as many lie between the two.
+        test_from: the second moment, microseconds; by default from the share.
+    """
+    later = np.quantile(histories.time_E, 1 - test_share) if test_from is None else test_from
+    before = histories.time_E[histories.time_E < later]
+    earlier = np.quantile(before, 1 - test_share) if len(before) else later
+    user_E = np.repeat(np.arange(histories.user_count), histories.length_U)
+
+    def events_before(moment: float) -> Int64:
+        return np.bincount(user_E[histories.time_E < moment], minlength=histories.user_count)
+
+    training_U, before_test_U = events_before(earlier), events_before(later)
+    moment = np.datetime64(int(later), "us").astype("datetime64[s]")
+    return Split(
+        training_U,
+        before_test_U,
+        _hold_out_at(histories.first(before_test_U), training_U, exclude_seen),
+        _hold_out_at(histories, before_test_U, exclude_seen),
+        f"Global time split: the first event of each person from {moment} UTC on is the test, those shortly before "
+        "chose passes and blend",
+    )
 
 
 MIN_USERS = 20

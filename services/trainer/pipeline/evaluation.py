@@ -1,12 +1,12 @@
 """The ladder: what is served and every baseline, ranked on the same held-out events. NumPy only.
 
-B = held-out events, I = items, D = dimension. Rankings are full.
+B = held-out events, I = items, D = dimension. Rankings are full. `report` turns ranks into measures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,29 +17,54 @@ from shared.bundle.scoring import (
     CooccurrenceMatrix,
     blended_scores,
     cooccurrence_scores_of_batch,
+    log_partition,
 )
 from shared.ranking_metrics import (
-    Interval,
-    bootstrap_intervals,
     coverage_at_k,
     hits_of_rank,
-    hr_at_k,
     ndcg_at_k,
     rank_of_target,
 )
 
 Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 BLEND, TRANSFORMER, COOCCURRENCE = "blend", "transformer", "cooccurrence"
+EASE, ITEM_KNN, FOUNDING = "ease", "item_knn", "founding"
 POPULARITY, POPULARITY_DECAYED = "popularity", "popularity_decayed"
 LAMBDA_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+# The last ones leave nothing but popularity: where the data teach no more, the blend is no worse than it.
+MU_GRID = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 20.0, 100.0)
+QUERY_DECAY_GRID = (0.3, 0.6065, 0.85, 1.0)
 HALF_LIFE_DAYS_GRID = (7.0, 30.0, 90.0, 365.0)
 
 # Scores held at once, in cells of four bytes: bounds memory whatever the catalogue's size.
 _CHUNK_CELLS = 8_000_000
 _COVERAGE_USERS = 5_000
+# Up to here a matrix is unfolded for ranking (64 MB), where at least this share of it is filled.
+_DENSE_ITEMS, _DENSE_SHARE = 4_000, 0.02
 _DAY_MICROSECONDS = 86_400e6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Neighbours:
+    """A model that sums rows of an item-item matrix over the decayed history, as the companion does."""
+
+    matrix: CooccurrenceMatrix
+    scoring: ScoringParameters
+    dense_II: Float32 | None = None
+
+    @classmethod
+    def of(cls, matrix: CooccurrenceMatrix, scoring: ScoringParameters) -> Neighbours:
+        """Returns it with the matrix unfolded where that is faster."""
+        items = matrix.item_count
+        crowded = items <= _DENSE_ITEMS and len(matrix.indices_N) > _DENSE_SHARE * items * items
+        return cls(matrix, scoring, matrix.to_dense() if crowded else None)
+
+    def scores(self, histories: list[Int64]) -> Float32:
+        """Returns the score of every item, (B, I)."""
+        return cooccurrence_scores_of_batch(self.matrix, histories, self.scoring, self.dense_II)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,55 +72,39 @@ class Contestants:
     """Everything that ranks.
 
     Attributes:
-        item_vectors_ID, cooccurrence, scoring: the served model.
+        item_vectors_ID, item_bias_I, cooccurrence, scoring: the served model.
         popularity_I, popularity_decayed_I: counts of events.
+        neighbours: other item-item models, by name.
+        factors: other (query_BD, vectors_ID) models, by name.
     """
 
     item_vectors_ID: Float32
+    item_bias_I: Float32
     cooccurrence: CooccurrenceMatrix
     scoring: ScoringParameters
     popularity_I: Float32
     popularity_decayed_I: Float32
+    neighbours: Mapping[str, Neighbours] = field(default_factory=dict)
+    factors: Mapping[str, tuple[Float32, Float32]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """A contestant's measures by name, such as `hr@10`."""
-
-    name: str
-    metrics: Mapping[str, Interval]
-
-
-@dataclass(frozen=True, slots=True)
-class SliceReport:
-    """The served model's measures on a part of the people."""
-
-    name: str
-    user_count: int
-    metrics: Mapping[str, Interval]
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The outcome of an evaluation.
+@dataclass(frozen=True, slots=True, eq=False)
+class Climb:
+    """What ranking by every contestant gave.
 
     Attributes:
-        ladder: the served model first.
-        slices: parts of the people.
-        lead_over_popularity: paired difference in NDCG@10 between the blend and the better popularity.
-        user_count: B.
-        protocol: in words.
-        confidence: of the intervals.
-        tied_share: held-out events with the time of the event before.
+        ranks: of the held-out items, (B,), by contestant.
+        top: the best 10 items of the first people, (some, 10), by contestant.
+        coverage: share of the items among those, by contestant.
+        best_B20: the blend's best 20 items of everybody, -1 where there are fewer.
+        probability_B20: what the blend takes the probability of each to be.
     """
 
-    ladder: tuple[Rung, ...]
-    slices: tuple[SliceReport, ...]
-    lead_over_popularity: Interval
-    user_count: int
-    protocol: str
-    confidence: float
-    tied_share: float
+    ranks: Mapping[str, Int64]
+    top: Mapping[str, Int32]
+    coverage: Mapping[str, float]
+    best_B20: Int32
+    probability_B20: Float32
 
 
 def popularity(histories: Histories, half_life_days: float | None = None) -> Float32:
@@ -105,6 +114,11 @@ def popularity(histories: Histories, half_life_days: float | None = None) -> Flo
         age_E = (histories.time_E.max() - histories.time_E) / _DAY_MICROSECONDS
         weight_E = np.exp2(-age_E / half_life_days)
     return np.bincount(histories.item_E, weight_E, minlength=histories.item_count).astype(np.float32)
+
+
+def popularity_bias(popularity_I: Float32, mu: float) -> Float32:
+    """Returns the prior b_i = mu * log(1 + popularity_i), (I,): the item bias that is served."""
+    return (np.float32(mu) * np.log1p(popularity_I)).astype(np.float32)
 
 
 def sample_rows(count: int, limit: int, seed: int) -> Int64:
@@ -148,15 +162,58 @@ def rank_by_query(
     return rank_B
 
 
+def rank_by_neighbours(
+    histories: Histories, held_out: HeldOut, neighbours: Neighbours, exclude_seen: bool
+) -> Int64:
+    """Returns the rank of each held-out item by an item-item model alone, (B,)."""
+    rank_B = np.empty(len(held_out), np.int64)
+    for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
+        rank_B[rows] = rank_of_target(neighbours.scores(seen), part.target_B, excluded_BI)
+    return rank_B
+
+
+def rank_by_blend(
+    histories: Histories,
+    held_out: HeldOut,
+    query_BD: Float32,
+    contestants: Contestants,
+    exclude_seen: bool,
+) -> Int64:
+    """Returns the rank of each held-out item by what is served, (B,)."""
+    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
+    rank_B = np.empty(len(held_out), np.int64)
+    for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
+        logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T + contestants.item_bias_I
+        score_BI = blended_scores(logits_BI, companion.scores(seen), contestants.scoring)
+        rank_B[rows] = rank_of_target(score_BI, part.target_B, excluded_BI)
+    return rank_B
+
+
 def rank_by_fixed_scores(
     histories: Histories, held_out: HeldOut, score_I: Float32, exclude_seen: bool
 ) -> Int64:
-    """Returns the rank of each held-out item by one score of an item, the same for all, (B,)."""
-    rank_B = np.empty(len(held_out), np.int64)
-    for rows, part, _seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
-        score_BI = np.broadcast_to(score_I, (len(part), len(score_I)))
-        rank_B[rows] = rank_of_target(score_BI, part.target_B, excluded_BI)
+    """Returns the rank of each held-out item by one score of an item, the same for all, (B,).
+
+    Everybody's ranking is one order less what they have seen: no row of scores is needed.
+    """
+    place_I = np.empty(len(score_I), np.int64)
+    place_I[np.argsort(-score_I, kind="stable")] = np.arange(len(score_I))
+    rank_B = 1 + place_I[held_out.target_B]
+    if exclude_seen:
+        row_P, item_P = _distinct_seen(histories, held_out)
+        before_P = place_I[item_P] < place_I[held_out.target_B[row_P]]
+        rank_B -= np.bincount(row_P[before_P], minlength=len(held_out))
     return rank_B
+
+
+def _distinct_seen(histories: Histories, held_out: HeldOut) -> tuple[Int64, Int64]:
+    """Returns (row, item) of every item before a held-out event, each once."""
+    pairs = [
+        np.unique(held_out.prefix(histories, row)[0].astype(np.int64)) + row * histories.item_count
+        for row in range(len(held_out))
+    ]
+    pair_P = np.concatenate(pairs) if pairs else np.zeros(0, np.int64)
+    return pair_P // max(histories.item_count, 1), pair_P % max(histories.item_count, 1)
 
 
 def choose_half_life(
@@ -171,25 +228,67 @@ def choose_half_life(
     return max(HALF_LIFE_DAYS_GRID, key=quality)
 
 
-def choose_lambda(
+def choose_query_decay(
+    histories: Histories, validation: HeldOut, matrix: CooccurrenceMatrix, window: int, exclude_seen: bool
+) -> Neighbours:
+    """Returns the item-item model with the recency that ranks the validation events best."""
+    base = Neighbours.of(matrix, ScoringParameters(1.0, window=window))
+
+    def with_decay(decay: float) -> Neighbours:
+        return replace(base, scoring=replace(base.scoring, query_decay=decay))
+
+    def quality(decay: float) -> float:
+        return float(
+            ndcg_at_10(rank_by_neighbours(histories, validation, with_decay(decay), exclude_seen)).mean()
+        )
+
+    return with_decay(max(QUERY_DECAY_GRID, key=quality))
+
+
+def choose_blend(
     histories: Histories,
     validation: HeldOut,
     query_BD: Float32,
     contestants: Contestants,
     exclude_seen: bool,
-    grid: tuple[float, ...] = LAMBDA_GRID,
-) -> tuple[float, dict[float, float]]:
-    """Returns the blend's weight with the best NDCG@10 on the validation events, and that of each tried."""
-    total = dict.fromkeys(grid, 0.0)
-    for rows, part, seen, excluded_BI in _chunks(histories, validation, exclude_seen):
-        logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T
-        c_BI = cooccurrence_scores_of_batch(contestants.cooccurrence, seen, contestants.scoring)
-        for value in grid:
-            score_BI = blended_scores(logits_BI, c_BI, replace(contestants.scoring, lambda_=value))
-            rank_B = rank_of_target(score_BI, part.target_B, excluded_BI)
-            total[value] += float(ndcg_at_10(rank_B).sum())
-    quality = {value: total[value] / max(len(validation), 1) for value in grid}
-    return max(grid, key=lambda value: quality[value]), quality
+    lambdas: tuple[float, ...] = LAMBDA_GRID,
+    mus: tuple[float, ...] = MU_GRID,
+) -> tuple[float, float, dict[tuple[float, float], float]]:
+    """Returns (lambda, mu) with the best NDCG@10 on the validation events, and that of each pair tried.
+
+    One after the other: lambda without a prior, mu beside it, lambda anew beside that. Equal quality goes to
+    the smaller weight. The prior is that of `contestants.popularity_decayed_I`.
+    """
+    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
+    scale = np.float32(contestants.scoring.scale)
+    prior_I = popularity_bias(contestants.popularity_decayed_I, 1.0)
+    quality: dict[tuple[float, float], float] = {}
+
+    def measure(pairs: list[tuple[float, float]]) -> None:
+        new = [pair for pair in pairs if pair not in quality]
+        total = dict.fromkeys(new, 0.0)
+        for rows, part, seen, excluded_BI in _chunks(histories, validation, exclude_seen):
+            logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T
+            log_c_BI = np.log1p(scale * companion.scores(seen))
+            for lambda_, mu in new:
+                # As `blended_scores`, but for a constant of each row, which changes no rank.
+                score_BI = logits_BI + np.float32(lambda_) * log_c_BI
+                if mu:
+                    score_BI += np.float32(mu) * prior_I
+                total[lambda_, mu] += float(
+                    ndcg_at_10(rank_of_target(score_BI, part.target_B, excluded_BI)).sum()
+                )
+        quality.update({pair: total[pair] / max(len(validation), 1) for pair in new})
+
+    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+        measure(pairs)
+        return max(pairs, key=lambda pair: quality[pair])
+
+    lambda_, _ = best([(value, 0.0) for value in lambdas])
+    _, mu = best([(lambda_, value) for value in mus])
+    if mu:
+        lambda_, _ = best([(value, mu) for value in lambdas])
+    return lambda_, mu, quality
 
 
 def climb_ladder(
@@ -199,129 +298,82 @@ def climb_ladder(
     contestants: Contestants,
     exclude_seen: bool,
     on_chunk: Callable[[int, int], None] = lambda _done, _all: None,
-) -> tuple[dict[str, Int64], dict[str, float], npt.NDArray[np.int32]]:
-    """Ranks by every contestant.
-
-    Returns:
-        Ranks of the held-out items (B,) by contestant; coverage@10 by contestant, on the first people; and
-        the blend's best 20 items of everybody, (B, 20), -1 where the catalogue has fewer.
-    """
-    ranks = {
-        name: np.empty(len(held_out), np.int64)
-        for name in (BLEND, TRANSFORMER, COOCCURRENCE, POPULARITY_DECAYED, POPULARITY)
-    }
-    top: dict[str, list[npt.NDArray[np.int32]]] = {name: [] for name in ranks}
+) -> Climb:
+    """Ranks by every contestant; see `Climb`. `on_chunk` is told (people done, people in all)."""
+    names = (BLEND, TRANSFORMER, COOCCURRENCE, *contestants.neighbours, *contestants.factors)
+    ranks = {name: np.empty(len(held_out), np.int64) for name in names}
+    top: dict[str, list[Int32]] = {name: [] for name in names}
     best_B20 = np.full((len(held_out), 20), -1, np.int32)
+    probability_B20 = np.zeros((len(held_out), 20), np.float32)
+    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
     # Where nothing was counted, the more popular goes first, whatever its place in the catalogue.
     order_I = contestants.popularity_I.argsort().argsort()
     tie_break_I = (1e-6 * (order_I + 1) / max(len(order_I), 1)).astype(np.float32)
+
+    def place(name: str, rows: slice, part: HeldOut, score_BI: Float32, excluded_BI: object) -> None:
+        ranks[name][rows] = rank_of_target(score_BI, part.target_B, excluded_BI)  # type: ignore[arg-type]
+        if name == BLEND:
+            allowed_BI = score_BI if excluded_BI is None else np.where(excluded_BI, -np.inf, score_BI)  # type: ignore[call-overload]
+            best_BK = top_items(allowed_BI, 20)
+            best_B20[rows, : best_BK.shape[1]] = best_BK
+            probability_B20[rows, : best_BK.shape[1]] = np.exp(
+                np.take_along_axis(allowed_BI, best_BK, axis=1) - log_partition(allowed_BI)[:, None]
+            )
+        if rows.start < _COVERAGE_USERS:
+            if name == BLEND:
+                top[name].append(best_B20[rows, :10])
+            else:
+                allowed_BI = score_BI if excluded_BI is None else np.where(excluded_BI, -np.inf, score_BI)  # type: ignore[call-overload]
+                top[name].append(_padded(top_items(allowed_BI, 10), 10))
+
     for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
         logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T
-        c_BI = cooccurrence_scores_of_batch(contestants.cooccurrence, seen, contestants.scoring)
-        shape = logits_BI.shape
-        scores = {
-            BLEND: blended_scores(logits_BI, c_BI, contestants.scoring),
-            TRANSFORMER: logits_BI,
-            COOCCURRENCE: c_BI + tie_break_I,
-            POPULARITY_DECAYED: np.broadcast_to(contestants.popularity_decayed_I, shape),
-            POPULARITY: np.broadcast_to(contestants.popularity_I, shape),
-        }
-        for name, score_BI in scores.items():
-            ranks[name][rows] = rank_of_target(score_BI, part.target_B, excluded_BI)
-            if name == BLEND:
-                best_BK = top_items(score_BI, excluded_BI, part.target_B, 20)
-                best_B20[rows, : best_BK.shape[1]] = best_BK
-                top[name].append(best_BK[:, :10])
-            elif rows.start < _COVERAGE_USERS:
-                top[name].append(top_items(score_BI, excluded_BI, part.target_B, 10))
+        c_BI = companion.scores(seen)
+        served_BI = blended_scores(logits_BI + contestants.item_bias_I, c_BI, contestants.scoring)
+        place(BLEND, rows, part, served_BI, excluded_BI)
+        place(TRANSFORMER, rows, part, logits_BI, excluded_BI)
+        place(COOCCURRENCE, rows, part, c_BI + tie_break_I, excluded_BI)
+        for name, neighbours in contestants.neighbours.items():
+            place(name, rows, part, neighbours.scores(seen) + tie_break_I, excluded_BI)
+        for name, (factor_BD, vectors_ID) in contestants.factors.items():
+            place(name, rows, part, factor_BD[rows] @ vectors_ID.T, excluded_BI)
         on_chunk(rows.stop, len(held_out))
-    coverage = {
-        name: coverage_at_k(np.concatenate(parts)[:_COVERAGE_USERS], histories.item_count, 10)
+    lists = {
+        name: np.concatenate(parts)[:_COVERAGE_USERS] if parts else np.zeros((0, 10), np.int32)
         for name, parts in top.items()
     }
-    return ranks, coverage, best_B20
+    for name, score_I in (
+        (POPULARITY_DECAYED, contestants.popularity_decayed_I),
+        (POPULARITY, contestants.popularity_I),
+    ):
+        ranks[name] = rank_by_fixed_scores(histories, held_out, score_I, exclude_seen)
+        lists[name] = _top_of_fixed_scores(histories, held_out, score_I, exclude_seen)
+    coverage = {name: coverage_at_k(list_, histories.item_count, 10) for name, list_ in lists.items()}
+    return Climb(ranks, lists, coverage, best_B20, probability_B20)
 
 
-def top_items(
-    score_BI: npt.NDArray[np.floating], excluded_BI: npt.NDArray[np.bool_] | None, target_B: Int64, k: int
-) -> npt.NDArray[np.int32]:
-    """Returns the k best items of each row that are not excluded, best first, (B, k or fewer)."""
-    k = min(k, score_BI.shape[1])
-    allowed_BI = score_BI if excluded_BI is None else np.where(excluded_BI, -np.inf, score_BI)
+def _top_of_fixed_scores(
+    histories: Histories, held_out: HeldOut, score_I: Float32, exclude_seen: bool
+) -> Int32:
+    order_I = np.argsort(-score_I, kind="stable").astype(np.int32)
+    rows = []
+    for row in range(min(len(held_out), _COVERAGE_USERS)):
+        seen, _ = held_out.prefix(histories, row)
+        if exclude_seen:
+            candidates = order_I[: 10 + len(seen)]
+            rows.append(candidates[~np.isin(candidates, seen)][:10])
+        else:
+            rows.append(order_I[:10])
+    return np.stack([np.pad(row, (0, 10 - len(row)), constant_values=-1) for row in rows])
+
+
+def _padded(best_BK: Int32, k: int) -> Int32:
+    return np.pad(best_BK, ((0, 0), (0, k - best_BK.shape[1])), constant_values=-1)
+
+
+def top_items(allowed_BI: Float32, k: int) -> Int32:
+    """Returns the k best items of each row, best first, (B, k or fewer)."""
+    k = min(k, allowed_BI.shape[1])
     best_BK = np.argpartition(-allowed_BI, k - 1, axis=1)[:, :k]
     order_BK = np.argsort(-np.take_along_axis(allowed_BI, best_BK, axis=1), axis=1, kind="stable")
     return np.take_along_axis(best_BK, order_BK, axis=1).astype(np.int32)
-
-
-MEASURES = ("hr@5", "hr@10", "hr@20", "ndcg@10", "mrr")
-
-
-def measures_of_rank(rank_B: Int64) -> npt.NDArray[np.float64]:
-    """Returns each of MEASURES for each ranking, (B, 5). MRR is of the whole ranking."""
-    hit_BL = hits_of_rank(rank_B, 20)
-    return np.stack(
-        [hr_at_k(hit_BL, 5), hr_at_k(hit_BL, 10), hr_at_k(hit_BL, 20), ndcg_at_10(rank_B), 1.0 / rank_B],
-        axis=1,
-    )
-
-
-def report_of(
-    histories: Histories,
-    held_out: HeldOut,
-    ranks: Mapping[str, Int64],
-    coverage: Mapping[str, float],
-    *,
-    seed: int,
-    protocol: str,
-    resamples: int,
-    confidence: float,
-) -> Report:
-    """Returns the measures of each contestant with intervals, and of the blend by slice."""
-    generator = np.random.default_rng(seed)
-    values = {name: measures_of_rank(rank_B) for name, rank_B in ranks.items()}
-    ndcg = MEASURES.index("ndcg@10")
-    better = max((POPULARITY, POPULARITY_DECAYED), key=lambda name: values[name][:, ndcg].mean())
-    lead_B1 = (values[BLEND] - values[better])[:, [ndcg]]
-    columns = np.concatenate([*values.values(), lead_B1], axis=1)
-    intervals = bootstrap_intervals(columns, generator, resamples, confidence)
-    ladder = []
-    for place, name in enumerate(values):
-        first = place * len(MEASURES)
-        metrics = dict(zip(MEASURES, intervals[first : first + len(MEASURES)], strict=True))
-        metrics["coverage@10"] = Interval(coverage[name], coverage[name], coverage[name])
-        ladder.append(Rung(name, metrics))
-    slices = []
-    for words, chosen_B in _slices(histories, held_out):
-        if chosen_B.any():
-            found = bootstrap_intervals(values[BLEND][chosen_B], generator, min(resamples, 300), confidence)
-            slices.append(SliceReport(words, int(chosen_B.sum()), dict(zip(MEASURES, found, strict=True))))
-    return Report(
-        ladder=tuple(ladder),
-        slices=tuple(slices),
-        lead_over_popularity=intervals[-1],
-        user_count=len(held_out),
-        protocol=protocol,
-        confidence=confidence,
-        tied_share=_tied_share(histories, held_out),
-    )
-
-
-def _slices(histories: Histories, held_out: HeldOut) -> list[tuple[str, npt.NDArray[np.bool_]]]:
-    length_B = held_out.prefix_B
-    # Popularity of the target among everything: the last event itself counts once for everyone.
-    count_I = np.bincount(histories.item_E, minlength=histories.item_count)
-    common_B = count_I[held_out.target_B] >= np.quantile(count_I, 0.8)
-    return [
-        ("history of at most 5 events", length_B <= 5),
-        ("history of 6 to 20 events", (length_B > 5) & (length_B <= 20)),
-        ("history of more than 20 events", length_B > 20),
-        ("wanted item among the most popular fifth", common_B),
-        ("wanted item among the other four fifths", ~common_B),
-    ]
-
-
-def _tied_share(histories: Histories, held_out: HeldOut) -> float:
-    place_B = histories.start_U1[held_out.user_B] + held_out.prefix_B
-    return (
-        float(np.mean(histories.time_E[place_B] == histories.time_E[place_B - 1])) if len(held_out) else 0.0
-    )

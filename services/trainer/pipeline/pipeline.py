@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import importlib
 import resource
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,39 +16,57 @@ import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
-from services.trainer.pipeline.cooccurrence import count_cooccurrence
+from services.trainer.pipeline.baselines import EASE_CHEAP_ITEMS, EASE_MAX_ITEMS, ease, item_knn
+from services.trainer.pipeline.budget import Budget
+from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
+    MIN_USERS,
     Cleaning,
     EventColumns,
     HeldOut,
     Histories,
+    Split,
     clean,
     encode_attributes,
-    hold_out,
+    leave_one_out,
     require_enough,
+    split_by_time,
 )
 from services.trainer.pipeline.evaluation import (
     BLEND,
+    EASE,
+    FOUNDING,
+    ITEM_KNN,
     Contestants,
-    Report,
+    Neighbours,
+    choose_blend,
     choose_half_life,
-    choose_lambda,
+    choose_query_decay,
     climb_ladder,
     ndcg_at_10,
     popularity,
+    popularity_bias,
+    rank_by_blend,
     rank_by_query,
-    report_of,
     sample_rows,
 )
 from services.trainer.pipeline.gate import Verdict, judge
+from services.trainer.pipeline.published import contestants_of, encode_published, newer_than
+from services.trainer.pipeline.report import Comparison, Report, compare, compare_published, report_of
+from shared.bundle import Bundle
 from shared.bundle.manifest import ScoringParameters
 from shared.errors import Cancelled, FailedPrecondition
+from shared.ranking_metrics import Interval
 
 # Held-out events that early stopping looks at: enough for a stable NDCG, cheap beside a pass.
 _VALIDATION_CELLS = 30_000_000
 _VALIDATION_USERS = (500, 3_000)
-# After measuring, passes over everything: a part of those that training needed.
-_REFIT_SHARE = 0.2
+# A version in service is encoded person by person, as it serves: so many are enough to compare.
+_COMPARED_USERS = 3_000
+# History items older than this weigh less than e^-12 in the companion.
+_COMPANION_WINDOW = 24
+_SECONDS_BETWEEN_STEPS = 5.0
+_EXPORT_SECONDS = 6.0
 
 Reporter = Callable[..., None]
 
@@ -63,6 +82,8 @@ class Plan:
         force: promote whatever the gate says.
         max_test_users, resamples, confidence: of the evaluation.
         max_size_bytes: of the version.
+        split: "leave_one_out" or "global_time".
+        full_ladder: measure every baseline, whatever it costs; else those that take about a second.
     """
 
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -73,6 +94,8 @@ class Plan:
     resamples: int = 1000
     confidence: float = 0.95
     max_size_bytes: int = 4_000_000_000
+    split: str = "leave_one_out"
+    full_ladder: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +120,44 @@ class TrainedModel:
     histories: Histories
 
 
+def split_of(histories: Histories, plan: Plan) -> Split:
+    """Returns the split of the plan.
+
+    Raises:
+        FailedPrecondition: TOO_LITTLE_DATA: it holds out next to nothing.
+    """
+    make = split_by_time if plan.split == "global_time" else leave_one_out
+    split = make(histories, plan.exclude_seen)
+    fewest = min(len(split.validation), len(split.test))
+    if fewest < 5:
+        raise FailedPrecondition(
+            "TOO_LITTLE_DATA",
+            f"Too little data: only {fewest} events can be held out, one a person, on items that are new to them. "
+            "Record more events, or set evaluation.exclude_seen to false if people here buy the same again.",
+        )
+    return split
+
+
+class _Rest:
+    """Guesses how long the run still takes: training's own budget, and what comes after it."""
+
+    def __init__(self, budget: Budget, cells: int, extra_seconds: float) -> None:
+        # Ranking with every contestant, scores and sorting, on one core.
+        self._evaluation_seconds = 2.0 + 2.5e-7 * cells + extra_seconds
+        self._budget = budget
+
+    def while_fitting(self) -> float:
+        return self._budget.left + self._evaluation_seconds + _EXPORT_SECONDS
+
+    def while_refitting(self, passes: int, evaluated: bool) -> float:
+        seconds = self._budget.refit_seconds(1) / 2 * passes if passes else 0.0
+        return (
+            min(seconds, self._budget.left)
+            + _EXPORT_SECONDS
+            + (0.0 if evaluated else self._evaluation_seconds)
+        )
+
+
 def train_model(
     events: EventColumns,
     attributes_of: Mapping[str, Sequence[str]],
@@ -108,6 +169,7 @@ def train_model(
     report: Reporter,
     should_stop: Callable[[], bool] = lambda: False,
     code_version: str = "",
+    incumbent: Bundle | None = None,
 ) -> TrainedModel:
     """Cleans, splits, trains, measures, judges and exports.
 
@@ -116,6 +178,7 @@ def train_model(
         attributes_of: values of each item id, such as "brand:acme".
         report: called with stage, message, and optionally step, epoch, loss, metrics, remaining_seconds.
         should_stop: asked often; true ends the run with Cancelled.
+        incumbent: the version in service, which the new one must beat.
 
     Raises:
         FailedPrecondition: TOO_LITTLE_DATA, DIVERGED or PARITY_BROKEN.
@@ -130,39 +193,49 @@ def train_model(
     histories = clean(events, plan.cleaning)
     require_enough(histories)
     exclude = plan.exclude_seen
-    training, before_test = histories.without_last(2), histories.without_last(1)
-    validation, test = hold_out(histories, 2, exclude), hold_out(histories, 1, exclude)
-    if min(len(validation), len(test)) < 5:
-        raise FailedPrecondition(
-            "TOO_LITTLE_DATA",
-            f"Too little data: only {min(len(validation), len(test))} people end on an item that is new to them. "
-            "Record more events, or set evaluation.exclude_seen to false if people here buy the same again.",
+    split = split_of(histories, plan)
+    # TensorFlow takes seconds to import: it does so beside the counting, but only where there is enough data.
+    importing = threading.Thread(target=_import_tensorflow, name="import", daemon=True)
+    importing.start()
+    try:
+        training, before_test = histories.first(split.training_U), histories.first(split.before_test_U)
+        low, high = _VALIDATION_USERS
+        limit = min(high, max(low, _VALIDATION_CELLS // histories.item_count))
+        validation = split.validation.take(sample_rows(len(split.validation), limit, seed))
+        test = split.test.take(sample_rows(len(split.test), plan.max_test_users, seed))
+        attributes = encode_attributes(histories.item_ids, attributes_of)
+        budget = Budget(size.max_train_seconds, 2 if plan.refit else 0)
+        compared = min(len(test), _COMPARED_USERS) if incumbent else 0
+        rest = _Rest(budget, len(test) * histories.item_count, 1e-3 * compared)
+        report(
+            "PREPARING",
+            f"{histories.user_count:,} people, {histories.item_count:,} items, {len(histories.item_E):,} events, "
+            f"{attributes.attribute_count:,} attribute values.",
+            remaining_seconds=rest.while_fitting() + 10.0,
         )
-    low, high = _VALIDATION_USERS
-    limit = min(high, max(low, _VALIDATION_CELLS // histories.item_count))
-    validation = validation.take(sample_rows(len(validation), limit, seed))
-    test = test.take(sample_rows(len(test), plan.max_test_users, seed))
-    attributes = encode_attributes(histories.item_ids, attributes_of)
-    report(
-        "PREPARING",
-        f"{histories.user_count:,} people, {histories.item_count:,} items, {len(histories.item_E):,} events, "
-        f"{attributes.attribute_count:,} attribute values.",
-    )
-    check()
+        check()
 
-    report("COUNTING", "Counting co-occurrence and popularity.")
-    window = size.cooccurrence_window
-    scoring = ScoringParameters(lambda_=1.0, window=window)
-    counted = count_cooccurrence(training, window)
-    half_life_days = choose_half_life(histories, validation, training, exclude)
-    check()
+        report(
+            "COUNTING",
+            "Counting co-occurrence and popularity.",
+            remaining_seconds=rest.while_fitting() + 8.0,
+        )
+        scoring = ScoringParameters(lambda_=1.0, window=min(_COMPANION_WINDOW, size.cooccurrence_window))
+        counts = PairCounts(histories.item_count, size.cooccurrence_window)
+        counts.add(histories, 0, split.training_U)
+        counted = counts.matrix()
+        half_life_days = choose_half_life(histories, validation, training, exclude)
+        check()
+    finally:
+        importing.join()
 
-    report("TRAINING", "Building the model.")
+    report("TRAINING", "Building the model.", remaining_seconds=rest.while_fitting())
     # Imported here: too little data is found out without TensorFlow's seconds and memory.
     from services.trainer.pipeline.export import convert, measure_parity
     from services.trainer.pipeline.training import EpochReport, SequenceModel, train
 
     cpu_before, wall_before = time.process_time(), time.monotonic()
+    budget.resume()
     model = SequenceModel(histories.item_count, attributes, size, seed)
 
     def validate() -> float:
@@ -170,8 +243,17 @@ def train_model(
         rank_B = rank_by_query(histories, validation, query_BD, model.item_vectors(), exclude)
         return float(ndcg_at_10(rank_B).mean())
 
+    told_at = time.monotonic()
+
+    def on_step(done: int, steps: int) -> None:
+        nonlocal told_at
+        if done < steps and time.monotonic() - told_at >= _SECONDS_BETWEEN_STEPS:
+            told_at = time.monotonic()
+            report("TRAINING", f"Step {done} of {steps}.", remaining_seconds=rest.while_fitting())
+
     def on_epoch(epoch: EpochReport) -> None:
-        left = size.max_train_seconds - epoch.elapsed_seconds
+        nonlocal told_at
+        told_at = time.monotonic()
         report(
             "TRAINING",
             f"Pass {epoch.epoch}: loss {epoch.loss:.3f}, validation NDCG@10 {epoch.validation_ndcg:.4f}.",
@@ -180,60 +262,115 @@ def train_model(
             max_epochs=size.max_epochs,
             loss=epoch.loss,
             metrics={"ndcg@10": epoch.validation_ndcg},
-            remaining_seconds=max(0.0, left) + 15.0,
+            remaining_seconds=rest.while_fitting(),
         )
 
-    best_epoch, epochs = train(model, training, validate, on_epoch, should_stop)
+    best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step)
+    budget.pause()
     check()
-    query_BD = model.encode(histories, validation)
-    zeros_I = np.zeros(histories.item_count, np.float32)
-    contestants = Contestants(model.item_vectors(), counted, scoring, zeros_I, zeros_I)
-    lambda_, tried = choose_lambda(histories, validation, query_BD, contestants, exclude)
-    scoring = replace(scoring, lambda_=lambda_)
-
-    refit_epochs = max(1, math.ceil(_REFIT_SHARE * best_epoch)) if plan.refit else 0
-    generator = np.random.default_rng(seed + 2)
-    # The measured model may know the validation events: they are older than what it must foretell.
-    _refit(model, before_test, refit_epochs, generator, report, check, "the validation events")
-    train_cpu_seconds = time.process_time() - cpu_before
-    train_wall_seconds = time.monotonic() - wall_before
-
-    report("EVALUATING", f"Ranking {histories.item_count:,} items for {len(test):,} people.")
+    popularity_I = popularity(training)
     contestants = Contestants(
         model.item_vectors(),
-        count_cooccurrence(before_test, window),
+        np.zeros(histories.item_count, np.float32),
+        counted,
+        scoring,
+        popularity_I,
+        popularity(training, half_life_days),
+    )
+    lambda_, mu, tried = choose_blend(
+        histories, validation, model.encode(histories, validation), contestants, exclude
+    )
+    scoring = replace(scoring, lambda_=lambda_)
+    check()
+
+    refit_passes = budget.refit_passes(best_epoch)
+    generator = np.random.default_rng(seed + 2)
+
+    def on_refit(what: str, evaluated: bool) -> Callable[[int, float], None]:
+        def on_pass(made: int, loss: float) -> None:
+            check()
+            report(
+                "REFITTING",
+                f"Pass {made} of {refit_passes} with {what} too.",
+                step=int(model.step_count.numpy()),
+                loss=loss,
+                remaining_seconds=rest.while_refitting(
+                    refit_passes - made + (0 if evaluated else refit_passes), evaluated
+                ),
+            )
+
+        return on_pass
+
+    # The measured model may know the validation events: they are older than what it must foretell.
+    passes_before = _refit(
+        model, before_test, refit_passes, 0, budget, generator, should_stop, on_refit("the validation events", False)
+    )  # fmt: skip
+
+    report(
+        "EVALUATING",
+        f"Ranking {histories.item_count:,} items for {len(test):,} people.",
+        remaining_seconds=rest.while_refitting(refit_passes, False),
+    )
+    train_cpu_seconds = time.process_time() - cpu_before
+    train_wall_seconds = time.monotonic() - wall_before
+    neighbours = _baselines(histories, training, before_test, validation, size, plan)
+    check()
+    factors = {}
+    if plan.full_ladder:
+        from services.trainer.pipeline.founding_model import train_founding_model
+
+        factors[FOUNDING] = train_founding_model(
+            training, before_test, histories, validation, test, exclude, seed, check
+        )
+    counts.add(histories, split.training_U, split.before_test_U)
+    decayed_I = popularity(before_test, half_life_days)
+    contestants = Contestants(
+        model.item_vectors(),
+        popularity_bias(decayed_I, mu),
+        counts.matrix(),
         scoring,
         popularity(before_test),
-        popularity(before_test, half_life_days),
+        decayed_I,
+        neighbours,
+        factors,
     )
     query_BD = model.encode(histories, test)
-    ranks, coverage, best_B20 = climb_ladder(
-        histories, test, query_BD, contestants, exclude, lambda _done, _all: check()
-    )
-    protocol = (
-        "Leave one out: the last event of each person is the test, the one before chose passes and blend. "
-        f"Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
-    )
+    climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
+    protocol = f"{split.words}. Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
     measured = report_of(
-        histories, test, ranks, coverage,
+        histories, test, climb, contestants.item_vectors_ID,
         seed=seed, protocol=protocol, resamples=plan.resamples, confidence=plan.confidence,
     )  # fmt: skip
-    blend = next(rung for rung in measured.ladder if rung.name == BLEND)
+    blend = measured.ladder[0]
+    comparison = None
+    if incumbent is not None:
+        comparison = _compare(
+            incumbent, histories, test, climb.ranks[BLEND], blend.metrics, contestants, plan, seed, check
+        )
     report(
         "EVALUATING",
         f"Blend: HR@10 {blend.metrics['hr@10'].value:.4f}, NDCG@10 {blend.metrics['ndcg@10'].value:.4f}.",
         metrics={name: interval.value for name, interval in blend.metrics.items()},
+        remaining_seconds=rest.while_refitting(refit_passes, True),
     )
-    _refit(model, histories, refit_epochs, generator, report, check, "every event")
+    passes_after = _refit(
+        model, histories, refit_passes, 1, budget, generator, should_stop, on_refit("every event", True)
+    )  # fmt: skip
 
-    report("EXPORTING", "Converting the encoder and comparing it with training.")
+    report(
+        "EXPORTING",
+        "Converting the encoder and comparing it with training.",
+        remaining_seconds=_EXPORT_SECONDS,
+    )
     encoder_bytes = convert(model.encoder)
     parity, encoder_milliseconds = measure_parity(model, encoder_bytes, histories, test)
-    everything = count_cooccurrence(histories, window)
+    counts.add(histories, split.before_test_U)
+    everything = counts.matrix()
+    decayed_I = popularity(histories, half_life_days)
     arrays: dict[str, npt.NDArray[Any]] = {
         "item_vectors": model.item_vectors(),
-        "item_bias": zeros_I,
-        "popularity": popularity(histories, half_life_days),
+        "item_bias": popularity_bias(decayed_I, mu),
+        "popularity": decayed_I,
         "cooccurrence_indptr": everything.indptr_I1,
         "cooccurrence_indices": everything.indices_N,
         "cooccurrence_weights": everything.weights_N,
@@ -250,14 +387,16 @@ def train_model(
         size_bytes=len(encoder_bytes) + sum(array.nbytes for array in arrays.values()),
         max_size_bytes=plan.max_size_bytes,
         force=plan.force,
+        comparison=comparison,
     )
     check()
     data = _describe_data(histories, events.watermark, attributes.attribute_count)
     notes = [
         f"{len(epochs)} passes in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
-        f"Blend weight lambda {lambda_} of {sorted(tried)}, chosen on the validation events.",
+        f"Blend weight lambda {lambda_:g} and popularity prior mu {mu:g}, the best of {len(tried)} pairs on the "
+        "validation events.",
         f"Half-life of popularity: {half_life_days:.0f} days, chosen on the validation events.",
-        _describe_refit(refit_epochs),
+        _describe_refit(passes_before, passes_after),
         f"Training took {train_cpu_seconds:.0f} CPU seconds, {train_wall_seconds:.0f} s of wall time.",
     ]
     attachments = {
@@ -265,8 +404,10 @@ def train_model(
             [e.epoch for e in epochs], [e.loss for e in epochs], [e.validation_ndcg for e in epochs], best_epoch
         ),
         card.LADDER: card.draw_ladder(measured),
+        card.SLICES: card.draw_slices(measured, comparison),
+        card.RELIABILITY: card.draw_reliability(measured.calibration),
         "card.md": card.write_card(
-            model=model_name, report=measured, verdict=verdict, data=_for_card(data),
+            model=model_name, report=measured, verdict=verdict, comparison=comparison, data=_for_card(data),
             hyper_parameters=size.to_json(), notes=notes,
         ).encode(),
     }  # fmt: skip
@@ -277,22 +418,11 @@ def train_model(
             **size.to_json(),
             "seed": seed,
             "best_epoch": best_epoch,
-            "refit_epochs": refit_epochs,
+            "refit_epochs": passes_after,
+            "popularity_weight": mu,
         },
         "data": data,
-        "metrics": _intervals(blend.metrics),
-        "baselines": {rung.name: _intervals(rung.metrics) for rung in measured.ladder if rung.name != BLEND},
-        "slices": [
-            {"name": part.name, "users": part.user_count, "metrics": _intervals(part.metrics)}
-            for part in measured.slices
-        ],
-        "evaluation": {
-            "users": measured.user_count,
-            "protocol": protocol,
-            "confidence": measured.confidence,
-            "tied_share": measured.tied_share,
-            "exclude_seen": exclude,
-        },
+        **describe_report(measured, exclude, comparison),
         "gate": {
             "verdict": verdict.verdict,
             "reasons": [f"{c.name}: {c.reason}" for c in verdict.checks if not c.passed],
@@ -309,8 +439,99 @@ def train_model(
     }
     return TrainedModel(
         arrays, histories.item_ids, encoder_bytes, manifest_fields, attachments, verdict, measured,
-        best_B20, test, histories,
+        climb.best_B20, test, histories,
     )  # fmt: skip
+
+
+def _import_tensorflow() -> None:
+    importlib.import_module("services.trainer.pipeline.export")
+
+
+def _baselines(
+    histories: Histories,
+    training: Histories,
+    before_test: Histories,
+    validation: HeldOut,
+    size: HyperParameters,
+    plan: Plan,
+) -> dict[str, Neighbours]:
+    """Returns the item-item baselines for the test, their recency chosen on the validation events."""
+    makers: dict[str, Callable[[Histories], Any]] = {ITEM_KNN: item_knn}
+    if histories.item_count <= (EASE_MAX_ITEMS if plan.full_ladder else EASE_CHEAP_ITEMS):
+        makers[EASE] = ease
+    found = {}
+    for name, make in makers.items():
+        chosen = choose_query_decay(
+            histories, validation, make(training), size.cooccurrence_window, plan.exclude_seen
+        )
+        found[name] = Neighbours.of(make(before_test), chosen.scoring)
+    return found
+
+
+def _compare(
+    incumbent: Bundle,
+    histories: Histories,
+    test: HeldOut,
+    rank_B: npt.NDArray[np.int64],
+    measures: Mapping[str, Interval],
+    contestants: Contestants,
+    plan: Plan,
+    seed: int,
+    check: Callable[[], None],
+) -> Comparison:
+    """Returns how the new version does against the one in service.
+
+    The one in service was trained on every event of its day. Only events after those are a fair question to
+    it; where there are too few, what both were measured at before they saw their test is compared.
+    """
+    fresh = newer_than(incumbent, histories, test)
+    fresh = fresh[sample_rows(len(fresh), _COMPARED_USERS, seed)]
+    if len(fresh) < MIN_USERS:
+        old = incumbent.manifest["metrics"]["ndcg@10"]
+        old_interval = Interval(float(old["value"]), float(old["low"]), float(old["high"]))
+        return compare_published(incumbent.version, measures["ndcg@10"], old_interval, len(test))
+    asked = test.take(fresh)
+    served = contestants_of(incumbent, histories, contestants.popularity_I, contestants.popularity_decayed_I)
+    query_BD = encode_published(incumbent, histories, asked, check)
+    old_rank_B = rank_by_blend(histories, asked, query_BD, served, plan.exclude_seen)
+    return compare(
+        histories, asked, rank_B[fresh], old_rank_B, incumbent.version,
+        seed=seed, resamples=plan.resamples, confidence=plan.confidence, min_slice=MIN_USERS,
+    )  # fmt: skip
+
+
+def describe_report(
+    measured: Report, exclude_seen: bool, comparison: Comparison | None = None
+) -> dict[str, Any]:
+    """Returns the measures as the manifest holds them."""
+    blend = measured.ladder[0]
+    slices: list[dict[str, Any]] = [
+        {"name": part.name, "users": part.user_count, "metrics": _intervals(part.metrics)}
+        for part in measured.slices
+    ]
+    if comparison is not None:
+        # Other people than above: those whose event is newer than the incumbent.
+        slices += [
+            {
+                "name": f"{part.name}; newer than the incumbent",
+                "users": part.user_count,
+                "metrics": _intervals(part.metrics),
+                "incumbent_metrics": _intervals(part.incumbent_metrics or {}),
+            }
+            for part in comparison.slices
+        ]
+    return {
+        "metrics": _intervals(blend.metrics),
+        "baselines": {rung.name: _intervals(rung.metrics) for rung in measured.ladder if rung.name != BLEND},
+        "slices": slices,
+        "evaluation": {
+            "users": measured.user_count,
+            "protocol": measured.protocol,
+            "confidence": measured.confidence,
+            "tied_share": measured.tied_share,
+            "exclude_seen": exclude_seen,
+        },
+    }
 
 
 def peak_resident_bytes() -> int:
@@ -321,17 +542,25 @@ def peak_resident_bytes() -> int:
 def _refit(
     model: Any,
     histories: Histories,
-    epochs: int,
+    passes: int,
+    number: int,
+    budget: Budget,
     generator: np.random.Generator,
-    report: Reporter,
-    check: Callable[[], None],
-    what: str,
-) -> None:
-    for number in range(1, epochs + 1):
-        loss = model.train_epoch(histories, generator)
-        check()
-        step = int(model.step_count.numpy())
-        report("REFITTING", f"Pass {number} of {epochs} with {what} too.", step=step, loss=loss)
+    should_stop: Callable[[], bool],
+    on_pass: Callable[[int, float], None],
+) -> int:
+    """Makes passes with more events until they are made or this refit's time is up; returns those begun."""
+    budget.resume()
+    allowed = budget.spent + budget.share_of_left(number)
+    made = 0
+    for _ in range(passes):
+        if budget.spent >= allowed:
+            break
+        loss = model.train_epoch(histories, generator, lambda: should_stop() or budget.spent >= allowed)
+        made += 1
+        on_pass(made, loss)
+    budget.pause()
+    return made
 
 
 def _last_seen(histories: Histories) -> npt.NDArray[np.int64]:
@@ -359,11 +588,11 @@ def _for_card(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: f"{value:,}" if isinstance(value, int) else value for name, value in data.items()}
 
 
-def _describe_refit(epochs: int) -> str:
-    if not epochs:
-        return "The weights served never saw the last two events of anybody."
+def _describe_refit(before: int, after: int) -> str:
+    if not before and not after:
+        return "The weights served never saw the held-out events."
     return (
-        f"Before measuring, {epochs} more passes included the validation events; after measuring, {epochs} more "
+        f"Before measuring, {before} more passes included the validation events; after measuring, {after} more "
         "included every event. The weights served are the latter: they know more than those measured."
     )
 

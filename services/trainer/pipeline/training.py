@@ -5,7 +5,6 @@ U = distinct items of a step, N = negatives, M = tokens with a target. See `tran
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from services.trainer.domain.hyper_parameters import HyperParameters
+from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
 from services.trainer.pipeline.packing import PackedRows, pack_for_encoding, pack_for_training
 from services.trainer.pipeline.transformer import Encoder, allowed_within_segments
@@ -316,6 +316,7 @@ def train(
     histories: Histories,
     validate: Callable[[], float],
     on_epoch: Callable[[EpochReport], None],
+    budget: Budget,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[int, list[EpochReport]]:
@@ -326,6 +327,7 @@ def train(
         histories: of training events alone.
         validate: returns NDCG@10 of the model as it is.
         on_epoch: is told of each pass.
+        budget: of the time; keeps some for refitting.
         should_stop: ends training early, for a caller who gave up.
         on_step: is told (steps made, steps in all) of the pass.
 
@@ -334,30 +336,27 @@ def train(
     """
     size = model.size
     generator = np.random.default_rng(model.seed + 1)
-    started = time.monotonic()
     best, best_epoch, best_weights = -1.0, 0, model.weights()
     hoped, hoped_epoch, hoped_step = -1.0, 0, 0
     reports: list[EpochReport] = []
-
-    def out_of_time() -> bool:
-        return time.monotonic() - started > size.max_train_seconds
-
     for epoch in range(1, size.max_epochs + 1):
-        loss = model.train_epoch(histories, generator, lambda: should_stop() or out_of_time(), on_step)
+        began = budget.spent
+        loss = model.train_epoch(
+            histories, generator, lambda: should_stop() or budget.pass_must_end(), on_step
+        )
+        budget.pass_ended(budget.spent - began)
         score = validate()
-        elapsed = time.monotonic() - started
         step = int(model.step_count.numpy())
-        reports.append(EpochReport(epoch, step, loss, score, elapsed, step // epoch))
+        reports.append(EpochReport(epoch, step, loss, score, budget.spent, step // epoch))
         on_epoch(reports[-1])
         if score > best:
             best, best_epoch, best_weights = score, epoch, model.weights()
         if score > hoped * _PROGRESS:
             hoped, hoped_epoch, hoped_step = score, epoch, step
-        # The next pass would not end in time: what it costs is known from those before.
         if (
             should_stop()
             or (epoch - hoped_epoch >= size.patience and step - hoped_step >= _PATIENCE_STEPS)
-            or elapsed * (epoch + 1) / epoch > size.max_train_seconds
+            or not budget.allows_pass(epoch)
         ):
             break
     model.set_weights(best_weights)

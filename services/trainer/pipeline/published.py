@@ -1,0 +1,87 @@
+"""A published version on today's histories: for the gate's comparison and for evaluations. NumPy and LiteRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from services.trainer.pipeline.dataset import HeldOut, Histories
+from services.trainer.pipeline.evaluation import Contestants
+from shared.bundle import Bundle
+from shared.bundle.history import History, encoder_inputs, mark_clean_events
+from shared.bundle.scoring import CooccurrenceMatrix
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+# Below any logit, and still a number.
+_UNKNOWN_BIAS = np.float32(-1e6)
+
+
+def index_in(bundle: Bundle, histories: Histories) -> Int64:
+    """Returns the bundle's index of each item of the histories, (I,); -1 for what it does not know."""
+    found = [bundle.index_of(item_id) for item_id in histories.item_ids]
+    return np.array([-1 if index is None else index for index in found], np.int64)
+
+
+def contestants_of(
+    bundle: Bundle, histories: Histories, popularity_I: Float32, popularity_decayed_I: Float32
+) -> Contestants:
+    """Returns the version as a contestant over the items of the histories; what it does not know comes last."""
+    index_I = index_in(bundle, histories)
+    known_I = index_I >= 0
+    vectors_ID = np.where(known_I[:, None], bundle.item_vectors[index_I], 0).astype(np.float32)
+    bias_I = np.where(known_I, bundle.item_bias[index_I], _UNKNOWN_BIAS).astype(np.float32)
+    return Contestants(
+        vectors_ID,
+        bias_I,
+        _renumbered(bundle.cooccurrence, index_I),
+        bundle.scoring,
+        popularity_I,
+        popularity_decayed_I,
+    )
+
+
+def _renumbered(matrix: CooccurrenceMatrix, index_I: Int64) -> CooccurrenceMatrix:
+    item_of = np.full(matrix.item_count, -1, np.int64)
+    item_of[index_I[index_I >= 0]] = np.flatnonzero(index_I >= 0)
+    row_N = item_of[np.repeat(np.arange(matrix.item_count), np.diff(matrix.indptr_I1))]
+    column_N = item_of[matrix.indices_N]
+    keep = np.flatnonzero((row_N >= 0) & (column_N >= 0))
+    keep = keep[np.lexsort((column_N[keep], row_N[keep]))]
+    counts_I = np.bincount(row_N[keep], minlength=len(index_I))
+    return CooccurrenceMatrix(
+        np.concatenate([[0], np.cumsum(counts_I)]).astype(np.int64),
+        column_N[keep].astype(np.int32),
+        matrix.weights_N[keep],
+    )
+
+
+def encode_published(
+    bundle: Bundle, histories: Histories, held_out: HeldOut, check: Callable[[], None]
+) -> Float32:
+    """Returns the query vector before each held-out event, (B, D), computed as it is served."""
+    index_I = index_in(bundle, histories)
+    query_BD = np.zeros((len(held_out), bundle.dimension), np.float32)
+    for row in range(len(held_out)):
+        items, kinds = held_out.prefix(histories, row)
+        index_H = index_I[items]
+        places = np.flatnonzero(mark_clean_events(np.zeros(len(index_H), np.int32), index_H, kinds))
+        if len(places):
+            history = History(index_H[places], kinds[places])
+            query_BD[row] = bundle.encoder.encode(
+                *encoder_inputs(history, bundle.item_vectors, bundle.max_history)
+            )
+        if row % 256 == 0:
+            check()
+    return query_BD
+
+
+def newer_than(bundle: Bundle, histories: Histories, held_out: HeldOut) -> Int64:
+    """Returns the rows whose event is later than anything that the version was trained on."""
+    last = datetime.fromisoformat(bundle.manifest["data"]["last_event_at"])
+    time_B = histories.time_E[histories.start_U1[held_out.user_B] + held_out.prefix_B]
+    return np.flatnonzero(time_B > round(last.timestamp() * 1e6))
