@@ -63,6 +63,11 @@ class Nursery:
         found = eventually(ready, 60)
         return int(found[1]) if isinstance(found, re.Match) else 0
 
+    @property
+    def pid(self) -> int:
+        """The process of the present server."""
+        return self._pid
+
     def wait(self) -> int:
         """Waits until the server is gone; returns the signal that killed it, 0 for none."""
         assert self._parent.stdout is not None

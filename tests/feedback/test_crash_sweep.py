@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from shopkeeper.feedback.v1 import (
 from tests.feedback.conftest import DUPLICATE, REJECTED, STORED, eventually, uuid7
 from tests.feedback.crashing_server import STEPS
 from tests.feedback.history import History, anomalies
-from tests.feedback.nursery import Nursery
+from tests.feedback.nursery import Nursery, alive
 
 EVENTS = int(os.environ.get("SHOPKEEPER_CRASH_EVENTS", "2000"))
 SHOPPERS = 4
@@ -103,6 +105,20 @@ def stored_events(url: str) -> list[str]:
         return [item for (item,) in connection.execute("SELECT item_id FROM feedback.events").fetchall()]
 
 
+def visited_to_its_death(
+    nursery: Nursery, shoppers: Shoppers, history: History, port: int, patience_events: int
+) -> bool:
+    """Sends until the server is dead; kills one that outlives the patience, and returns False then."""
+    enough = len(history.acknowledged) + patience_events
+    if port:
+        shoppers.visit(port, until=lambda: len(history.acknowledged) >= enough)
+    died = len(history.acknowledged) < enough
+    if died:
+        eventually(lambda: not alive(nursery.pid), 20)
+    nursery.kill()
+    return died
+
+
 def sweep(
     nursery: Nursery,
     url: str,
@@ -122,11 +138,7 @@ def sweep(
         turn += 1
         hit = rng.randrange(1, 4) if step == "data keys made" else rng.randrange(2, 12 + events // 200)
         port = nursery.start(url, keys, home, step, hit, mistake)
-        if port:
-            # A fuse that never burns ends the visit all the same; the test then misses the step.
-            enough = len(history.acknowledged) + 10 * events + 5_000
-            shoppers.visit(port, until=lambda enough=enough: len(history.acknowledged) >= enough)  # type: ignore[misc]
-        if nursery.kill() == 9:
+        if visited_to_its_death(nursery, shoppers, history, port, 10 * events + 5_000):
             killed_at.add(step)
     # The last server lives: whatever nobody knows is asked for once more.
     shoppers.visit(nursery.start(url, keys, home, mistake=mistake), until=lambda: False, resend_only=True)
@@ -148,6 +160,46 @@ def test_no_step_at_which_the_server_is_killed_loses_invents_or_doubles_an_event
     print(
         f"{len(history.acknowledged)} events acknowledged, {len(history.unknown)} of unknown outcome in between"
     )
+
+
+# libpq speaks by the first two, gRPC by the others.
+CALLS = ("sendto", "recvfrom", "sendmsg", "recvmsg")
+
+
+def die_at_system_call(pid: int, call: str, when: int, report: Path) -> subprocess.Popen[bytes]:
+    """Lets strace kill a process inside of its n-th system call of a name; returns once it watches."""
+    with report.open("wb") as stream:
+        strace = subprocess.Popen(
+            ["strace", "-f", "-o", "/dev/null", "-e", f"trace={call}", "-p", str(pid),
+             "-e", f"inject={call}:signal=KILL:when={when}"],
+            stderr=stream,
+        )  # fmt: skip
+    eventually(lambda: "attached" in report.read_text() or strace.poll() is not None)
+    return strace
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not here")
+def test_no_system_call_in_which_the_server_is_killed_loses_invents_or_doubles_an_event(
+    nursery: Nursery, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    history, rng = History(), random.Random(42)
+    shoppers = Shoppers(history, 23)
+    killed = []
+    for turn in range(len(CALLS) * max(1, EVENTS // 5_000)):
+        call = CALLS[turn % len(CALLS)]
+        port = nursery.start(database_url, keys_dir, tmp_path)
+        strace = die_at_system_call(nursery.pid, call, rng.randrange(3, 60), tmp_path / "strace.log")
+        if strace.poll() is not None:
+            nursery.kill()
+            pytest.skip(f"strace may not watch other processes here: {(tmp_path / 'strace.log').read_text()}")
+        if visited_to_its_death(nursery, shoppers, history, port, 5_000):
+            killed.append(call)
+        strace.wait(10)
+    shoppers.visit(nursery.start(database_url, keys_dir, tmp_path), until=lambda: False, resend_only=True)
+    nursery.kill(15)
+    assert anomalies(history, stored_events(database_url)) == {}
+    assert set(killed) == set(CALLS)
+    assert history.unknown
 
 
 def test_the_checker_catches_an_acknowledgement_before_the_commit(
