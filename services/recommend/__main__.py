@@ -13,12 +13,14 @@ import grpc
 from services.recommend.clients.catalog import CatalogClient
 from services.recommend.clients.metrics import (
     BUNDLE_REFUSED,
+    CONFIGURATION_REFUSED,
     EVENT_LAG_SECONDS,
     MODEL_INFO,
     MODEL_SWAPS,
     PrometheusObserver,
 )
 from services.recommend.clients.profiles import ProfileClient
+from services.recommend.converters.configuration import ConfigurationConverter
 from services.recommend.converters.filter_language import FilterLanguage
 from services.recommend.converters.requests import RequestConverter
 from services.recommend.domain.catalog import CatalogStore
@@ -26,11 +28,12 @@ from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.live_counts import LiveCounts
 from services.recommend.servicer import SERVICE_NAME, RecommendServicer, register
 from services.recommend.settings import RecommendSettings
-from services.recommend.storage import BundleModel, ModelWatcher
+from services.recommend.storage import BundleModel, DocumentDirectory, ModelWatcher
 from services.recommend.use_cases.configs import ServingConfigs
 from services.recommend.use_cases.explainer import Explainer
 from services.recommend.use_cases.histories import HistoryReader
 from services.recommend.use_cases.recommender import Recommender
+from services.recommend.use_cases.rehearsal import Rehearser, RequestRecorder
 from services.recommend.use_cases.status import StatusReader
 from services.recommend.use_cases.world import WorldHolder
 from shared.channel import open_channel
@@ -38,8 +41,10 @@ from shared.keys import read_verifying_key
 from shared.privacy import Pseudonymizer
 from shared.server import GrpcServer, run_service
 from shared.settings import EXIT_USAGE, load_settings
-from shared.telemetry import Telemetry
+from shared.telemetry import Telemetry, get_logger
 from shared.tokens import TokenSigner
+
+_LOGGER = get_logger("recommend.configuration")
 
 
 class SystemClock:
@@ -72,6 +77,7 @@ class RecommendService:
         index = ItemIndex()
         self.catalog_store = CatalogStore(index)
         counts = LiveCounts()
+        recorder = RequestRecorder(settings.recorded_requests)
         self._channel = open_channel(settings.profile_address)
         self.profiles = ProfileClient(
             self._channel,
@@ -82,6 +88,7 @@ class RecommendService:
             max_profiles=settings.max_profiles,
             max_items=settings.max_items,
             observe_lag=EVENT_LAG_SECONDS.observe,
+            on_erased=recorder.forget,
         )
         self.catalog = CatalogClient(self._channel, self.catalog_store)
         self.models = ModelWatcher(
@@ -94,26 +101,38 @@ class RecommendService:
             on_loaded=_before_service(self.catalog_store),
             on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
         )
-        configs = ServingConfigs()
+        filters = FilterLanguage()
+        configuration_converter = ConfigurationConverter(
+            filters, settings.recommend_model, settings.recommend_alias
+        )
+        self.configs = ServingConfigs(
+            DocumentDirectory(settings.configuration_path),
+            configuration_converter,
+            clock,
+            on_refused=_refused_document,
+        )
         recommender = Recommender(
             worlds=WorldHolder(self.models, self.catalog_store, index),
             histories=HistoryReader(self.profiles, clock),
             counts=counts,
-            filters=FilterLanguage(),
+            filters=filters,
             catalog_stream=self.catalog,
             observer=PrometheusObserver(),
             clock=clock,
             new_id=lambda: os.urandom(8),
-            configs=configs,
+            configs=self.configs,
+            record=recorder.record,
         )
         self._servicer = RecommendServicer(
             converter=RequestConverter(pseudonymizer, signer),
             signer=signer,
             recommender=recommender,
             explainer=Explainer(recommender),
-            configs=configs,
+            configs=self.configs,
             status=StatusReader(self.models, self.profiles, self.catalog, clock),
             budget_seconds=settings.answer_budget_seconds,
+            configuration_converter=configuration_converter,
+            rehearser=Rehearser(recommender, recorder, clock),
         )
         self.server = GrpcServer(
             "recommend", settings, telemetry, register=[self._register], service_names=[SERVICE_NAME]
@@ -126,6 +145,8 @@ class RecommendService:
         self.profiles.start()
         self.catalog.start()
         self.models.start()
+        self.configs.look()
+        threading.Thread(target=self._follow_configuration, name="configuration", daemon=True).start()
         threading.Thread(target=self._become_ready, name="readiness", daemon=True).start()
         return port
 
@@ -149,6 +170,10 @@ class RecommendService:
         if not self._stopped.is_set():
             self.server.set_ready(True, "" if complete else "degraded: the catalogue has not arrived yet")
 
+    def _follow_configuration(self) -> None:
+        while not self._stopped.wait(self.settings.configuration_poll_seconds):
+            self.configs.look()
+
     def _register(self, server: grpc.Server) -> None:
         register(self._servicer, server)
 
@@ -166,6 +191,11 @@ def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None
         MODEL_SWAPS.inc()
 
     return prepare
+
+
+def _refused_document(kind: str, document_id: str, why: str) -> None:
+    CONFIGURATION_REFUSED.labels(kind).inc()
+    _LOGGER.error("document of the configuration left out", kind=kind, id=document_id, why=why)
 
 
 def main() -> None:

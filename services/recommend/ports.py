@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +14,8 @@ import numpy.typing as npt
 from services.recommend.domain.catalog import Catalog
 from services.recommend.domain.filter_expression import Expression
 from services.recommend.domain.history import History
+from services.recommend.domain.rules import Rule
+from services.recommend.domain.serving_config import ServingConfig
 from services.recommend.domain.status import ModelState, StreamState
 from shared.identity import UserKey
 from shared.tokens import ConsistencyToken
@@ -78,6 +83,12 @@ class Model(Protocol):
 
     def unit_vectors(self, indices: Int64) -> Float32:
         """Returns vectors of length 1, float32, (C, D); zeros for index -1."""
+
+    def vectors(self, indices: Int64) -> Float32:
+        """Returns item vectors, float32, (C, D)."""
+
+    def similarities(self, portrait_D: Float32, moment_D: Float32, alpha: float) -> Float32:
+        """Returns sim(U, I) of every item, float32, (I,); see `domain.cosine`."""
 
     def read_history(self, history: History) -> ModelHistory:
         """Returns what the model reads of a history."""
@@ -169,6 +180,48 @@ class FilterParser(Protocol):
 
     def parse(self, text: str, field: str = "filter") -> Expression:
         """Returns the expression of a text; raises InvalidInput INVALID_FILTER."""
+
+
+class DocumentKind(Enum):
+    """What a document of the configuration describes; the value is its directory."""
+
+    SERVING_CONFIG = "serving_configs"
+    RULE = "rules"
+
+
+class Documents(Protocol):
+    """Where serving configs and rules are kept, for all replicas alike."""
+
+    def stamps(self) -> Mapping[tuple[DocumentKind, str], tuple[int, int, int]]:
+        """Returns a value for each document that changes when its content does."""
+
+    def read(self, kind: DocumentKind, document_id: str) -> bytes | None:
+        """Returns a document, None where there is none; raises OSError, ValueError where it cannot be read."""
+
+    def write(self, kind: DocumentKind, document_id: str, content: bytes) -> None:
+        """Replaces a document, on disk before it returns; raises Unavailable, and the old one stays."""
+
+    def delete(self, kind: DocumentKind, document_id: str) -> None:
+        """Deletes a document; raises Unavailable."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Returns a context that at most one writer of all replicas is in."""
+
+
+class Codec(Protocol):
+    """The form of the documents. Decoding validates as a call of the API does."""
+
+    def encode_config(self, config: ServingConfig) -> bytes:
+        """Returns the document of a serving config."""
+
+    def decode_config(self, document_id: str, content: bytes) -> ServingConfig:
+        """Returns the serving config of a document; raises InvalidInput, Unimplemented."""
+
+    def encode_rule(self, rule: Rule) -> bytes:
+        """Returns the document of a rule."""
+
+    def decode_rule(self, document_id: str, content: bytes) -> Rule:
+        """Returns the rule of a document; raises InvalidInput."""
 
 
 class Clock(Protocol):

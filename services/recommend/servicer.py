@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommend_service_pb2_grpc, rule_pb2, serving_config_pb2
 
+from services.recommend.converters.configuration import ConfigurationConverter, rule_of, serving_config_of
 from services.recommend.converters.requests import RequestConverter, check_name, check_page_size
 from services.recommend.converters.responses import (
+    degradation_of,
     explanation_of,
-    serving_config_of,
+    rehearsal_of,
+    response_of,
     status_of,
     wire_response_of,
 )
-from services.recommend.domain.recommendation import ListKind
+from services.recommend.domain.recommendation import SNAPSHOT_CHANGED, ListKind
 from services.recommend.use_cases.configs import ServingConfigs
 from services.recommend.use_cases.explainer import Explainer
 from services.recommend.use_cases.recommender import Recommender
+from services.recommend.use_cases.rehearsal import Rehearser
 from services.recommend.use_cases.status import StatusReader
-from shared.errors import DeadlineExceeded, Unimplemented
+from shared import grpc_status
+from shared.errors import DeadlineExceeded, ShopkeeperError
 from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
 
@@ -30,6 +38,9 @@ SERVICE_NAME = "shopkeeper.recommend.v1.RecommendService"
 
 _WIRE_SECONDS = 0.005
 """Kept back of the caller's time for the way home."""
+
+_REHEARSAL_SECONDS = 30.0
+_MOST_YIELDED_SECONDS = 0.02
 
 
 def register(servicer: RecommendServicer, server: grpc.Server) -> None:
@@ -83,6 +94,8 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         configs: ServingConfigs,
         status: StatusReader,
         budget_seconds: float,
+        configuration_converter: ConfigurationConverter,
+        rehearser: Rehearser,
     ) -> None:
         self._converter = converter
         self._signer = signer
@@ -91,6 +104,10 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         self._configs = configs
         self._status = status
         self._budget_seconds = budget_seconds
+        self._configuration_converter = configuration_converter
+        self._rehearser = rehearser
+        self._lock = threading.Lock()
+        self._under_way = 0
 
     def Recommend(self, request: pb.RecommendRequest, context: grpc.ServicerContext) -> Any:
         return self._answer(ListKind.RECOMMEND, request, context)
@@ -116,71 +133,131 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         query, item_id = self._converter.explain_query(request)
         return explanation_of(self._explainer.explain(query, item_id, self._budget(context)))
 
-    def GetServingConfig(
-        self, request: pb.GetServingConfigRequest, context: grpc.ServicerContext
-    ) -> serving_config_pb2.ServingConfig:
-        return serving_config_of(
-            self._configs.get(check_name(request.serving_config_id, "serving_config_id"))
-        )
-
-    def ListServingConfigs(
-        self, request: pb.ListServingConfigsRequest, context: grpc.ServicerContext
-    ) -> pb.ListServingConfigsResponse:
-        after = self._converter.after_of(request.page_token)
-        page, next_after = self._configs.list(check_page_size(request.page_size), after)
-        return pb.ListServingConfigsResponse(
-            serving_configs=[serving_config_of(config) for config in page],
-            next_page_token=self._converter.after_token(next_after),
-        )
-
     def GetModelStatus(
         self, request: pb.GetModelStatusRequest, context: grpc.ServicerContext
     ) -> pb.GetModelStatusResponse:
         return status_of(self._status.read())
 
-    def BatchRecommend(
-        self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
-    ) -> Iterator[pb.BatchRecommendResponse]:
-        _not_built("BatchRecommend", "Call Recommend for each shopper")
-
     def RehearseRule(
         self, request: pb.RehearseRuleRequest, context: grpc.ServicerContext
     ) -> pb.RehearseRuleResponse:
-        _not_built("RehearseRule", _RULES_INSTEAD)
+        draft, serving_config, limit = self._configuration_converter.rehearsal(request)
+        remaining = min(time_remaining_seconds(context, _REHEARSAL_SECONDS), _REHEARSAL_SECONDS)
+        return rehearsal_of(self._rehearser.rehearse(draft, serving_config, limit, 0.8 * remaining))
 
     def CreateServingConfig(
         self, request: pb.CreateServingConfigRequest, context: grpc.ServicerContext
     ) -> serving_config_pb2.ServingConfig:
-        _not_built("CreateServingConfig", _CONFIGS_INSTEAD)
+        config_id = check_name(request.serving_config_id, "serving_config_id")
+        config = self._configuration_converter.serving_config(config_id, request.serving_config)
+        return serving_config_of(self._configs.create_config(config))
+
+    def GetServingConfig(
+        self, request: pb.GetServingConfigRequest, context: grpc.ServicerContext
+    ) -> serving_config_pb2.ServingConfig:
+        config_id = check_name(request.serving_config_id, "serving_config_id")
+        return serving_config_of(self._configs.current().config(config_id))
+
+    def ListServingConfigs(
+        self, request: pb.ListServingConfigsRequest, context: grpc.ServicerContext
+    ) -> pb.ListServingConfigsResponse:
+        after = self._converter.after_of(request.page_token)
+        page, next_after = self._configs.list_configs(check_page_size(request.page_size), after)
+        return pb.ListServingConfigsResponse(
+            serving_configs=[serving_config_of(config) for config in page],
+            next_page_token=self._converter.after_token(next_after),
+        )
 
     def UpdateServingConfig(
         self, request: pb.UpdateServingConfigRequest, context: grpc.ServicerContext
     ) -> serving_config_pb2.ServingConfig:
-        _not_built("UpdateServingConfig", _CONFIGS_INSTEAD)
+        sent = request.serving_config
+        config_id = check_name(sent.serving_config_id, "serving_config.serving_config_id")
+        return serving_config_of(
+            self._configs.update_config(
+                config_id,
+                sent.etag,
+                lambda current: self._configuration_converter.changed_serving_config(
+                    current, sent, request.update_mask
+                ),
+            )
+        )
 
     def DeleteServingConfig(
         self, request: pb.DeleteServingConfigRequest, context: grpc.ServicerContext
-    ) -> Any:
-        _not_built("DeleteServingConfig", _CONFIGS_INSTEAD)
+    ) -> Empty:
+        self._configs.delete_config(check_name(request.serving_config_id, "serving_config_id"), request.etag)
+        return Empty()
 
     def CreateRule(self, request: pb.CreateRuleRequest, context: grpc.ServicerContext) -> rule_pb2.Rule:
-        _not_built("CreateRule", _RULES_INSTEAD)
+        rule_id = check_name(request.rule_id, "rule_id")
+        rule = self._configuration_converter.rule(rule_id, request.rule)
+        return rule_of(self._configs.create_rule(rule))
 
     def GetRule(self, request: pb.GetRuleRequest, context: grpc.ServicerContext) -> rule_pb2.Rule:
-        _not_built("GetRule", _RULES_INSTEAD)
+        return rule_of(self._configs.current().rule(check_name(request.rule_id, "rule_id")))
 
     def ListRules(self, request: pb.ListRulesRequest, context: grpc.ServicerContext) -> pb.ListRulesResponse:
-        _not_built("ListRules", _RULES_INSTEAD)
+        after = self._converter.after_of(request.page_token)
+        page, next_after = self._configs.list_rules(check_page_size(request.page_size), after)
+        return pb.ListRulesResponse(
+            rules=[rule_of(rule) for rule in page],
+            next_page_token=self._converter.after_token(next_after),
+        )
 
     def UpdateRule(self, request: pb.UpdateRuleRequest, context: grpc.ServicerContext) -> rule_pb2.Rule:
-        _not_built("UpdateRule", _RULES_INSTEAD)
+        sent = request.rule
+        rule_id = check_name(sent.rule_id, "rule.rule_id")
+        return rule_of(
+            self._configs.update_rule(
+                rule_id,
+                sent.etag,
+                lambda current: self._configuration_converter.changed_rule(
+                    current, sent, request.update_mask
+                ),
+            )
+        )
 
-    def DeleteRule(self, request: pb.DeleteRuleRequest, context: grpc.ServicerContext) -> Any:
-        _not_built("DeleteRule", _RULES_INSTEAD)
+    def DeleteRule(self, request: pb.DeleteRuleRequest, context: grpc.ServicerContext) -> Empty:
+        self._configs.delete_rule(check_name(request.rule_id, "rule_id"), request.etag)
+        return Empty()
+
+    def BatchRecommend(
+        self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.BatchRecommendResponse]:
+        batch = self._converter.batch(request)
+        snapshot = self._recommender.snapshot()
+        # Named before the first answer: nobody's answer could be made.
+        snapshot.configuration.config(batch.serving_config)
+        model = snapshot.world.model
+        version = model.version if model is not None else ""
+        for index in range(batch.first, len(request.users)):
+            self._let_others_pass()
+            response = pb.BatchRecommendResponse(
+                index=index, resume_token=self._converter.resume_token(batch, index + 1, version)
+            )
+            try:
+                query = self._converter.batch_query(request, index)
+                answer = self._recommender.answer(query, self._budget(context), snapshot)
+                page_token = self._converter.page_token(query, answer.next_page)
+                response.response.CopyFrom(response_of(answer, self._signer, page_token))
+                if batch.model_version not in (None, version):
+                    response.response.degraded.append(degradation_of(SNAPSHOT_CHANGED))
+            except DeadlineExceeded:
+                raise
+            except ShopkeeperError as error:
+                response.error.CopyFrom(grpc_status.to_status(error))
+            yield response
 
     def _answer(self, kind: ListKind, request: Any, context: grpc.ServicerContext) -> bytes:
         query = self._converter.query(kind, request)
-        answer = self._recommender.answer(query, self._budget(context))
+        with self._lock:
+            self._under_way += 1
+        try:
+            answer = self._recommender.answer(query, self._budget(context))
+        finally:
+            with self._lock:
+                self._under_way -= 1
         return wire_response_of(answer, self._signer, self._converter.page_token(query, answer.next_page))
 
     def _budget(self, context: grpc.ServicerContext) -> float:
@@ -191,10 +268,8 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
             )
         return min(self._budget_seconds, max(0.0, remaining - _WIRE_SECONDS))
 
-
-_RULES_INSTEAD = "Until then use filter and exclude_item_ids of the request"
-_CONFIGS_INSTEAD = "Until then choose one of those that ListServingConfigs names"
-
-
-def _not_built(method: str, instead: str) -> NoReturn:
-    raise Unimplemented("NOT_BUILT_YET", f"{method} is part of the contract and not built yet. {instead}.")
+    def _let_others_pass(self) -> None:
+        # People who wait for a page come before a mail-out, which makes some progress all the same.
+        end = time.monotonic() + _MOST_YIELDED_SECONDS
+        while self._under_way and time.monotonic() < end:
+            time.sleep(0.001)

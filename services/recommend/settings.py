@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from shared.settings import Address, ServiceSettings
@@ -16,6 +18,14 @@ class RecommendSettings(ServiceSettings):
     registry_poll_seconds: float = Field(
         0.2, gt=0, le=60, description="How often the alias is looked at; a rollback takes effect within it."
     )
+    recommend_configuration: Path | None = Field(
+        None,
+        description="Directory of serving configs and rules, one for all replicas; default: `configuration` "
+        "beside the registry.",
+    )
+    configuration_poll_seconds: float = Field(
+        0.2, gt=0, le=60, description="How often that directory is looked at for changes of other replicas."
+    )
     answer_budget_seconds: float = Field(
         1.0, gt=0, le=30, description="The longest that an answer takes where the caller's deadline is later."
     )
@@ -24,10 +34,18 @@ class RecommendSettings(ServiceSettings):
         1, ge=1, le=4096, description="Partitions of shoppers; 1: every replica holds all."
     )
     max_profiles: int = Field(200_000, ge=1, description="Live histories held in memory (some 5 kB each).")
+    recorded_requests: int = Field(
+        2_000, ge=1, le=100_000, description="Newest requests kept in memory for rehearsals of rules."
+    )
     max_items: int = Field(5_000_000, ge=1, description="Item ids, known from events, that are kept apart.")
     catalog_grace_seconds: float = Field(
         5.0, ge=0, description="At start: the longest wait for the catalogue before calls are accepted."
     )
+
+    @property
+    def configuration_path(self) -> Path:
+        """The directory of serving configs and rules."""
+        return self.recommend_configuration or self.registry_path.parent / "configuration"
 
     @model_validator(mode="after")
     def _partition_exists(self) -> RecommendSettings:

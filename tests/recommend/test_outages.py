@@ -235,7 +235,7 @@ class TestModels:
     def test_a_version_that_is_not_there_yet_is_taken_when_it_is(
         self, shop: Shop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("services.recommend.storage._PENDING_RETRY_SECONDS", 0.05)
+        monkeypatch.setattr("services.recommend.storage.models._PENDING_RETRY_SECONDS", 0.05)
         version = shop.publish(IDS, VECTORS, alias=False)
         path = Registry(shop.registry).version_path("main", version)
         away = path.with_name("away")

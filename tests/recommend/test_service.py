@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import item_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
+from shopkeeper.recommend.v1.serving_config_pb2 import ServingConfig
 
 from shared.errors import InvalidInput, NotFound, ShopkeeperError, Unimplemented
 from shared.event_kinds import EventKind
@@ -472,14 +473,13 @@ class TestOtherQuestions:
         assert (error.reason, error.metadata) == ("SERVING_CONFIG_NOT_FOUND", {"servingConfigId": "nope"})
 
     def test_what_is_not_built_says_what_to_use_instead(self, shop: Shop) -> None:
-        error = failure(lambda: shop.stub.CreateRule(pb.CreateRuleRequest()))
+        request = pb.CreateServingConfigRequest(
+            serving_config_id="mine", serving_config={"scorer": ServingConfig.SCORER_WEIGHTED_SUM}
+        )
+        error = failure(lambda: shop.stub.CreateServingConfig(request))
         assert isinstance(error, Unimplemented)
         assert error.reason == "NOT_BUILT_YET"
-        assert "exclude_item_ids" in error.message
-        assert (
-            failure(lambda: list(shop.stub.BatchRecommend(pb.BatchRecommendRequest()))).reason
-            == "NOT_BUILT_YET"
-        )
+        assert "SCORER_BLENDED" in error.message
 
     def test_every_wrong_field_is_named_at_once(self, shop: Shop) -> None:
         error = failure(

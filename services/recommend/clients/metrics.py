@@ -27,6 +27,11 @@ BUNDLE_REFUSED = Counter(
     "Versions that were not put into service, by why.",
     ["reason"],
 )
+CONFIGURATION_REFUSED = Counter(
+    "shopkeeper_recommend_configuration_refused_total",
+    "Documents of serving configs and rules that were left out, by kind.",
+    ["kind"],
+)
 MODEL_SWAPS = Counter("shopkeeper_recommend_model_swaps_total", "Versions that were put into service.")
 
 

@@ -32,6 +32,7 @@ class ProfileClient:
     Args:
         max_profiles: shoppers held; the least recently asked for or changed are dropped.
         observe_lag: told, for every fresh event, the seconds from its occurrence until it was visible here.
+        on_erased: told of each shopper who is forgotten.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ProfileClient:
         max_profiles: int = 200_000,
         max_items: int = 5_000_000,
         observe_lag: Callable[[float], None] = lambda _: None,
+        on_erased: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self._stub = profile_service_pb2_grpc.ProfileServiceStub(channel)
         self._index = index
@@ -53,6 +55,7 @@ class ProfileClient:
         self._max_profiles = max_profiles
         self._max_items = max_items
         self._observe_lag = observe_lag
+        self._on_erased = on_erased
         self._lock = threading.Condition()
         self._profiles: OrderedDict[bytes, LiveHistory] = OrderedDict()
         self._position: dict[bytes, int] = {}
@@ -167,6 +170,7 @@ class ProfileClient:
                 self._watermark, self._encoded_watermark, self._start = None, b"", None
         for user_key in message.erased_user_keys:
             self._counts.forget(user_key)
+            self._on_erased(user_key)
             with self._lock:
                 self._profiles.pop(user_key, None)
                 self._position.pop(user_key, None)

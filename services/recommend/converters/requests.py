@@ -7,7 +7,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ DEFAULT_LIST_SIZE = 100
 MAX_LISTED_ITEMS = 1_000
 MAX_TOGETHER_ITEMS = 100
 MAX_VARIANT_BYTES = 128
+MAX_BATCH_USERS = 10_000
 MIN_WINDOW_SECONDS = 600
 MAX_WINDOW_SECONDS = 30 * 86_400
 DEFAULT_WINDOW_SECONDS = 86_400
@@ -37,6 +38,8 @@ DEFAULT_WINDOW_SECONDS = 86_400
 PAGE_KIND = "recommend_page"
 _LIST_KIND = "recommend_list"
 _NAME = re.compile(r"^[a-z][a-z0-9_-]{0,62}$")
+_BATCH_KIND = "recommend_batch"
+_BATCH_HEAD = struct.Struct(">16sI")
 _PAGE_HEAD = struct.Struct(">16sIqB")
 _DEFAULT_PLACEMENT = {
     ListKind.RECOMMEND: "home",
@@ -57,6 +60,21 @@ _ENUM_VALUES = {
     "item_view": frozenset(pb.ItemView.values()),
 }
 _KINDS = frozenset(int(kind) for kind in EventKind)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch under way.
+
+    Attributes:
+        first: the shopper to go on with, from 0.
+        model_version: that made the answers before; None where there were none.
+    """
+
+    serving_config: str
+    first: int
+    model_version: str | None
+    fingerprint: bytes
 
 
 class RequestConverter:
@@ -80,7 +98,7 @@ class RequestConverter:
         Raises:
             InvalidInput: INVALID_REQUEST, INVALID_ID, INVALID_TOKEN; every violation that was found.
         """
-        check = _Checker(prefix)
+        check = Checker(prefix)
         fields = _fields_of(request.DESCRIPTOR)
         user_key = self._user_key(request, check) if "user_key" in fields else None
         if kind is ListKind.BUY_AGAIN and user_key is None and not check.violations:
@@ -146,7 +164,7 @@ class RequestConverter:
 
     def explain_query(self, request: pb.ExplainRequest) -> tuple[Query, str]:
         """Returns the query and the item of an Explain request; raises as `query`."""
-        check = _Checker("")
+        check = Checker("")
         item_id = check.items("item_id", [request.item_id], 1)
         if request.request.page_token:
             check.wrong("request.page_token", "must be empty: the first page is explained")
@@ -160,6 +178,60 @@ class RequestConverter:
         version = page.model_version.encode()
         head = _PAGE_HEAD.pack(query.fingerprint, page.offset, page.seed, len(version))
         return self._signer.sign(PAGE_KIND, head + version + page.shown_digests.astype(">u4").tobytes())
+
+    def batch(self, request: pb.BatchRecommendRequest) -> Batch:
+        """Returns where a batch begins; raises InvalidInput as `query`, also for its template."""
+        check = Checker("")
+        template = request.template
+        for field, is_set in (
+            ("user", template.WhichOneof("user") is not None),
+            ("page_token", bool(template.page_token)),
+            ("consistency_token", bool(template.consistency_token)),
+        ):
+            if is_set:
+                check.wrong(f"template.{field}", "must not be set in a batch")
+        if not 1 <= len(request.users) <= MAX_BATCH_USERS:
+            check.wrong("users", f"has {len(request.users)} entries; send 1 to {MAX_BATCH_USERS}")
+        same = pb.BatchRecommendRequest(template=template, users=request.users)
+        content = same.SerializeToString(deterministic=True)
+        fingerprint = hashlib.blake2b(content, digest_size=16).digest()
+        first, version = 0, None
+        if request.resume_token:
+            with check.catching():
+                payload = self._signer.verify(_BATCH_KIND, request.resume_token, "resume_token")
+                known, first = _BATCH_HEAD.unpack_from(payload)
+                version = payload[_BATCH_HEAD.size :].decode()
+                if known != fingerprint:
+                    problem = "belongs to another batch; send all other fields unchanged."
+                    raise InvalidInput(
+                        "INVALID_TOKEN",
+                        f"resume_token {problem}",
+                        {"kind": _BATCH_KIND},
+                        [FieldViolation("resume_token", problem, "INVALID_TOKEN")],
+                    )
+        check.finish()
+        config = self.query(ListKind.RECOMMEND, template, "template.").serving_config
+        return Batch(config, first, version, fingerprint)
+
+    def batch_query(self, request: pb.BatchRecommendRequest, index: int) -> Query:
+        """Returns the query of one shopper of a batch; raises as `query`."""
+        user, check = request.users[index], Checker("")
+        if user.WhichOneof("user") is None:
+            check.wrong(f"users[{index}].user", "is not set; send user_id or user_key")
+            check.finish()
+        one = pb.RecommendRequest()
+        one.CopyFrom(request.template)
+        if user.WhichOneof("user") == "user_id":
+            one.user_id = user.user_id
+        else:
+            one.user_key = user.user_key
+        return self.query(ListKind.RECOMMEND, one, f"users[{index}].")
+
+    def resume_token(self, batch: Batch, index: int, model_version: str) -> str:
+        """Returns the signed token of a batch that goes on with a shopper."""
+        return self._signer.sign(
+            _BATCH_KIND, _BATCH_HEAD.pack(batch.fingerprint, index) + model_version.encode()
+        )
 
     def after_token(self, after: str) -> str:
         """Returns the signed token of a list that goes on after an id, "" for ""."""
@@ -184,7 +256,7 @@ class RequestConverter:
         version = payload[_PAGE_HEAD.size : _PAGE_HEAD.size + version_bytes].decode()
         return Page(offset, version, seed, np.frombuffer(digests, ">u4").astype(np.uint32))
 
-    def _user_key(self, request: Any, check: _Checker) -> UserKey | None:
+    def _user_key(self, request: Any, check: Checker) -> UserKey | None:
         which = request.WhichOneof("user")
         if which is None:
             return None
@@ -196,7 +268,7 @@ class RequestConverter:
         return None
 
     @staticmethod
-    def _context_events(request: pb.RecommendRequest, check: _Checker) -> tuple[ContextEvent, ...]:
+    def _context_events(request: pb.RecommendRequest, check: Checker) -> tuple[ContextEvent, ...]:
         if len(request.context_events) > MAX_CONTEXT_EVENTS:
             check.wrong(
                 "context_events",
@@ -221,7 +293,7 @@ class RequestConverter:
 
 def check_name(value: str, field: str) -> str:
     """Returns an id of a serving config or rule; raises InvalidInput where it is none."""
-    check = _Checker("")
+    check = Checker("")
     name = check.name(field, value, "")
     if not value:
         check.wrong(field, "is empty; send 1 to 63 characters of ^[a-z][a-z0-9_-]*$")
@@ -232,7 +304,7 @@ def check_name(value: str, field: str) -> str:
 def check_page_size(value: int) -> int:
     """Returns the page size of a list, 100 for 0; raises InvalidInput for a negative one."""
     if value < 0:
-        check = _Checker("")
+        check = Checker("")
         check.wrong("page_size", f"is {value}; send 0 for the default, or 1 to {MAX_LIST_SIZE}")
         check.finish()
     return min(value, MAX_LIST_SIZE) or DEFAULT_LIST_SIZE
@@ -243,7 +315,7 @@ def _fields_of(descriptor: Descriptor) -> frozenset[str]:
     return frozenset(field.name for field in descriptor.fields)
 
 
-class _Checker:
+class Checker:
     """Collects what is wrong with a request, so that all of it is told at once."""
 
     def __init__(self, prefix: str) -> None:
@@ -345,7 +417,7 @@ class _Checker:
 class _Catching:
     """Takes an InvalidInput raised inside into the checker."""
 
-    def __init__(self, checker: _Checker) -> None:
+    def __init__(self, checker: Checker) -> None:
         self._checker = checker
 
     def __enter__(self) -> None:

@@ -8,10 +8,10 @@ import struct
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
-from shopkeeper.recommend.v1 import recommendation_pb2, serving_config_pb2
+from shopkeeper.recommend.v1 import recommendation_pb2
 
 from services.recommend.domain.recommendation import Answer, Degradation, Explanation, Freshness, Reason
-from services.recommend.domain.serving_config import ServingConfig
+from services.recommend.domain.rehearsal import Rehearsal
 from services.recommend.domain.status import ServiceStatus
 from shared.tokens import TokenSigner
 
@@ -136,6 +136,7 @@ def explanation_of(explanation: Explanation) -> pb.ExplainResponse:
         verdicts=[int(verdict) for verdict in explanation.verdicts],  # type: ignore[misc]
         reasons=[reason_of(reason) for reason in explanation.reasons],
         findings=explanation.findings,
+        rule_ids=explanation.rule_ids,
         trace=trace_of(answer),
         model=model_info_of(answer),
         degraded=[degradation_of(degradation) for degradation in answer.degraded],
@@ -151,6 +152,7 @@ def reason_of(reason: Reason) -> recommendation_pb2.Reason:
         source_event_kind=reason.source_event_kind,  # type: ignore[arg-type]
         contribution=reason.contribution,
         text=reason.text,
+        rule_id=reason.rule_id,
     )
     if reason.source_event_time is not None:
         message.source_event_time.CopyFrom(timestamp_of(reason.source_event_time))
@@ -206,39 +208,6 @@ def trace_of(answer: Answer) -> recommendation_pb2.Trace:
     )
 
 
-def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig:
-    """Returns the message of a built-in serving config."""
-    message = serving_config_pb2.ServingConfig(
-        serving_config_id=config.serving_config_id,
-        display_name=config.display_name,
-        scorer=serving_config_pb2.ServingConfig.Scorer.Value(config.scorer.value),
-        placement_policies=[
-            serving_config_pb2.PlacementPolicy(
-                placement=policy.placement,
-                exclude_owned=policy.exclude_owned,
-                unseen_first=policy.unseen_first,
-                exclude_in_cart=policy.exclude_in_cart,
-                exclude_out_of_stock=policy.exclude_out_of_stock,
-                default_page_size=policy.default_page_size,
-            )
-            for policy in config.placement_policies.values()
-        ],
-        model="main",
-        model_alias="production",
-        built_in=True,
-        version=1,
-    )
-    if config.diversity_strength > 0:
-        message.diversity.CopyFrom(
-            serving_config_pb2.Diversity(
-                algorithm=serving_config_pb2.Diversity.ALGORITHM_MMR,
-                strength=config.diversity_strength,
-                depth=config.diversity_depth,
-            )
-        )
-    return message
-
-
 def timestamp_of(seconds: float) -> Timestamp:
     """Returns the message of a time in seconds since 1970, held within the years 1 to 9999."""
     whole, nanos = _seconds_and_nanos(seconds)
@@ -249,6 +218,18 @@ def _seconds_and_nanos(seconds: float) -> tuple[int, int]:
     seconds = min(max(seconds, -62135596800.0), 253402300799.0)
     whole = math.floor(seconds)
     return whole, min(int((seconds - whole) * 1e9), 999_999_999)
+
+
+def rehearsal_of(rehearsal: Rehearsal) -> pb.RehearseRuleResponse:
+    """Returns the message of a rehearsal."""
+    response = pb.RehearseRuleResponse(
+        requests_replayed=rehearsal.requests_replayed, requests_changed=rehearsal.requests_changed
+    )
+    for item_id, before, after in rehearsal.displacements:
+        response.displacements.add(item_id=item_id, shown_before=before, shown_after=after)
+    for estimate, written in ((rehearsal.clicks, response.clicks), (rehearsal.revenue, response.revenue)):
+        written.change, written.low, written.high = estimate.change, estimate.low, estimate.high
+    return response
 
 
 def status_of(status: ServiceStatus) -> pb.GetModelStatusResponse:

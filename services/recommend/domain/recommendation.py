@@ -36,6 +36,8 @@ class Source(IntEnum):
     TRENDING = 5
     NEW_ITEMS = 6
     POPULAR = 8
+    COSINE = 9
+    RULE = 10
 
 
 class ReasonKind(IntEnum):
@@ -51,6 +53,8 @@ class ReasonKind(IntEnum):
     BOUGHT_TOGETHER = 8
     BUY_AGAIN = 9
     NEW_ITEM = 10
+    RULE = 11
+    EXPLORATION = 12
 
 
 class Cause(IntEnum):
@@ -87,6 +91,7 @@ class Verdict(IntEnum):
     OWNED = 8
     FILTER_EXPRESSION = 9
     CONTEXT_ITEM = 10
+    RULE = 11
     NO_SCORE = 12
     SEEN = 13
 
@@ -97,6 +102,11 @@ class Degradation:
 
     cause: Cause
     text: str
+
+
+SNAPSHOT_CHANGED = Degradation(
+    Cause.SNAPSHOT_CHANGED, "the model changed since the answer before; this one is of the new model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +186,7 @@ class Reason:
     source_event_kind: int = 0
     source_event_time: float | None = None
     contribution: float = 0.0
+    rule_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,3 +271,4 @@ class Explanation:
     reasons: Sequence[Reason]
     findings: Sequence[str]
     answer: Answer
+    rule_ids: Sequence[str] = ()

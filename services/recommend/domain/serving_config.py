@@ -12,6 +12,7 @@ class Scorer(Enum):
 
     BLENDED = "SCORER_BLENDED"
     POPULARITY = "SCORER_POPULARITY"
+    COSINE = "SCORER_COSINE"
     ITEM_TO_ITEM = "SCORER_ITEM_TO_ITEM"
 
 
@@ -20,6 +21,7 @@ class PlacementPolicy:
     """What is particular to one placement.
 
     Attributes:
+        filter_text: joined to the request's own filter with AND; empty is none.
         unseen_first: items that the history shows an interest in come after all others, as they do
             when the model is measured.
     """
@@ -30,6 +32,7 @@ class PlacementPolicy:
     exclude_in_cart: bool = True
     exclude_out_of_stock: bool = True
     default_page_size: int = 10
+    filter_text: str = ""
 
 
 PLACEMENT_POLICIES: Mapping[str, PlacementPolicy] = {
@@ -54,6 +57,12 @@ class ServingConfig:
     Attributes:
         diversity_strength: in [0, 1]; 0 is none.
         diversity_depth: how many of the best candidates are reordered.
+        cosine_alpha: alpha of Scorer.COSINE.
+        exploration_slots: how many slots of a page may explore, in [0, 10].
+        exploration_probability: with which each of them does, in [0, 1].
+        rule_ids: the rules that apply, in order.
+        version: counts the changes, from 1.
+        create_time, update_time: seconds since 1970; None for built-in ones.
     """
 
     serving_config_id: str
@@ -61,6 +70,15 @@ class ServingConfig:
     scorer: Scorer
     diversity_strength: float = 0.0
     diversity_depth: int = 100
+    cosine_alpha: float = 0.5
+    exploration_slots: int = 0
+    exploration_probability: float = 0.0
+    rule_ids: tuple[str, ...] = ()
+    built_in: bool = True
+    version: int = 1
+    etag: str = ""
+    create_time: float | None = None
+    update_time: float | None = None
     placement_policies: Mapping[str, PlacementPolicy] = field(default_factory=lambda: PLACEMENT_POLICIES)
 
     def policy(self, placement: str) -> PlacementPolicy:

@@ -66,6 +66,9 @@ class Eligibility:
     Attributes:
         eligible_R: nothing speaks against the item, seen before or not.
         unfiltered_R: nothing does, but perhaps the filter expression.
+        filter_R: the request's filter.
+        policy_R: the placement's own filter.
+        ruled_out_R: what merchandising rules leave out.
     """
 
     world: World
@@ -75,6 +78,8 @@ class Eligibility:
     available_R: Mask | None
     respects_stock: bool
     exclusions: Exclusions
+    policy_R: Mask | None = None
+    ruled_out_R: Mask | None = None
 
     def split_by_seen(self) -> tuple[Mask, Mask]:
         """Returns `eligible_R` without the seen items, and the seen items of it alone."""
@@ -98,7 +103,11 @@ class Eligibility:
             (Verdict.IN_CART, row in exclusions.in_cart),
             (Verdict.OWNED, row in exclusions.owned),
             (Verdict.CONTEXT_ITEM, row in exclusions.context),
-            (Verdict.FILTER_EXPRESSION, self.filter_R is not None and not self.filter_R[row]),
+            (
+                Verdict.FILTER_EXPRESSION,
+                any(mask_R is not None and not mask_R[row] for mask_R in (self.filter_R, self.policy_R)),
+            ),
+            (Verdict.RULE, self.ruled_out_R is not None and bool(self.ruled_out_R[row])),
             (Verdict.NO_SCORE, not scored),
             (Verdict.SEEN, row in exclusions.seen),
         )
@@ -131,8 +140,11 @@ class Eligibility:
             against_R = np.zeros(world.size, dtype=np.bool_)
             against_R[rows] = True
             take(verdict, against_R)
-        if self.filter_R is not None:
-            take(Verdict.FILTER_EXPRESSION, ~self.filter_R)
+        for mask_R in (self.filter_R, self.policy_R):
+            if mask_R is not None:
+                take(Verdict.FILTER_EXPRESSION, ~mask_R)
+        if self.ruled_out_R is not None:
+            take(Verdict.RULE, self.ruled_out_R)
         return [(Verdict.PASSED, int(np.count_nonzero(left_R))), *counts]
 
 
@@ -143,6 +155,8 @@ def judge(
     filter_R: Mask | None,
     respects_stock: bool,
     now: float,
+    policy_R: Mask | None = None,
+    ruled_out_R: Mask | None = None,
 ) -> Eligibility:
     """Returns what may be shown at `now`, seconds since 1970."""
     unfiltered_R = world.showable_R & world.in_stock_R if respects_stock else world.showable_R.copy()
@@ -151,8 +165,22 @@ def judge(
         unfiltered_R &= available_R
     for rows in (exclusions.excluded, exclusions.in_cart, exclusions.owned, exclusions.context):
         unfiltered_R[rows] = False
+    if policy_R is not None:
+        unfiltered_R &= policy_R
+    if ruled_out_R is not None:
+        unfiltered_R &= ~ruled_out_R
     eligible_R = unfiltered_R if filter_R is None else unfiltered_R & filter_R
-    return Eligibility(world, eligible_R, unfiltered_R, filter_R, available_R, respects_stock, exclusions)
+    return Eligibility(
+        world,
+        eligible_R,
+        unfiltered_R,
+        filter_R,
+        available_R,
+        respects_stock,
+        exclusions,
+        policy_R,
+        ruled_out_R,
+    )
 
 
 def rows_of(world: World, item_ids: Iterable[str]) -> npt.NDArray[np.int32]:

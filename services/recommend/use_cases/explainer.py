@@ -31,6 +31,7 @@ _FINDING_OF_VERDICT = {
     Verdict.FILTER_EXPRESSION: "the filter expression is false for it",
     Verdict.CONTEXT_ITEM: "it is the item that the request is about",
     Verdict.SEEN: "the shopper has seen it already, and this placement shows such items after all others",
+    Verdict.RULE: "a merchandising rule leaves it out",
     Verdict.NO_SCORE: "no source has a score for it: the model has not learnt it yet",
 }
 
@@ -81,6 +82,7 @@ class Explainer:
             reasons=reasons,
             findings=(),
             answer=answer,
+            rule_ids=ranking.plan.rules_of(row) if ranking.plan is not None else (),
         )
         return replace(explanation, findings=_findings(explanation, len(selection.rows_K)))
 
@@ -89,16 +91,17 @@ class Explainer:
         """Returns the position beyond the first page: 0 where the item is not in the order."""
         scores, model = ranking.scores, ranking.world.model
         unseen_R, seen_R = ranking.eligibility.split_by_seen()
-        if place := _rank(scores.score_R, seen_R, row):
+        if place := _rank(scores.score_R if ranking.order_R is None else ranking.order_R, seen_R, row):
             # Behind everything that the model scores, and everything that it has not learnt yet.
             return int(np.count_nonzero(unseen_R)) + place
-        place = _rank(scores.score_R, unseen_R, row)
+        order_R = scores.score_R if ranking.order_R is None else ranking.order_R
+        place = _rank(order_R, unseen_R, row)
         depth = ranking.config.diversity_depth
         if not place or ranking.strength <= 0 or model is None or place > depth:
             return place
-        rows = top_rows(scores.score_R, unseen_R, depth)
+        rows = top_rows(order_R, unseen_R, depth)
         vectors_CD = model.unit_vectors(model.indices_of(rows))
-        order = maximal_marginal_relevance(scores.score_R[rows], vectors_CD, ranking.strength, len(rows))
+        order = maximal_marginal_relevance(order_R[rows], vectors_CD, ranking.strength, len(rows))
         return int(np.flatnonzero(rows[order] == row)[0]) + 1
 
 
@@ -136,6 +139,9 @@ def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
         popularity = float(model.popularity_I[index])
         counts = popularity if scores.sources == [Source.POPULAR] else 0.0
         found.append(_entry(Source.POPULAR, model.popularity_I, index, counts))
+        if scores.sources == [Source.COSINE]:
+            similarity_I = scores.score_R[model.rows_I]
+            found.append(_entry(Source.COSINE, similarity_I, index, float(similarity_I[index])))
     elif scores.score_R[row] > -np.inf:
         rank = int(np.count_nonzero(scores.score_R > scores.score_R[row])) + 1
         value = float(scores.score_R[row])
@@ -168,8 +174,10 @@ def _findings(explanation: Explanation, page_size: int) -> list[str]:
         )
     if explanation.position and explanation.position_by_score not in (0, explanation.position):
         findings.append(
-            f"By score alone it would be at position {explanation.position_by_score}; diversity moved it to "
-            f"{explanation.position}."
+            f"By score alone it would be at position {explanation.position_by_score}; "
+            f"{'rules or ' if explanation.rule_ids else ''}diversity moved it to {explanation.position}."
         )
+    if explanation.rule_ids:
+        findings.append(f"Rules that moved or removed it: {', '.join(explanation.rule_ids)}.")
     findings += [f"{reason.text} (adds {reason.contribution:.3g})." for reason in explanation.reasons]
     return findings

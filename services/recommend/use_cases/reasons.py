@@ -62,6 +62,11 @@ def reasons_for(
                 found[k] = [Reason(ReasonKind.TRENDING, "Trending now", contribution=value)]
             case Source.NEW_ITEMS:
                 found[k] = [Reason(ReasonKind.NEW_ITEM, "New in the shop")]
+            case Source.COSINE:
+                found[k] = [Reason(ReasonKind.SEQUENCE, "Suits what you did lately", contribution=value)]
+            case Source.RULE:
+                # Nothing but the rule, which its own reason names.
+                pass
             case Source.BUY_AGAIN:
                 found[k] = [_buy_again(world, history, int(rows_K[k]))]
             case _:

@@ -15,6 +15,7 @@ import numpy as np
 from services.recommend.domain.history import NO_HISTORY, History
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.live_counts import LiveCounts
+from services.recommend.domain.ranking import top_rows
 from services.recommend.domain.recommendation import (
     Answer,
     Cause,
@@ -25,13 +26,15 @@ from services.recommend.domain.recommendation import (
     Page,
     Query,
     Reason,
+    ReasonKind,
     Source,
     Stage,
     Verdict,
 )
+from services.recommend.domain.rules import Rule
 from services.recommend.domain.serving_config import PlacementPolicy, Scorer, ServingConfig
-from services.recommend.ports import CatalogStream, Clock, FilterParser, Observer
-from services.recommend.use_cases.configs import ServingConfigs
+from services.recommend.ports import CatalogStream, Clock, FilterParser, Float32, Observer
+from services.recommend.use_cases.configs import Configuration, ServingConfigs
 from services.recommend.use_cases.eligibility import (
     Eligibility,
     Exclusions,
@@ -41,12 +44,15 @@ from services.recommend.use_cases.eligibility import (
     rows_within,
     shown_rows,
 )
+from services.recommend.use_cases.exploration import explore
 from services.recommend.use_cases.histories import STALE_AFTER_SECONDS, HistoryReader
 from services.recommend.use_cases.reasons import reasons_for
+from services.recommend.use_cases.rules import RulePlan, arrange, has_room, plan_rules
 from services.recommend.use_cases.scoring import (
     Scores,
     blended_scores,
     buy_again,
+    cosine_scores,
     newest_scores,
     popular_scores,
     similar_scores,
@@ -69,6 +75,18 @@ _ENCODE_SECONDS = 0.002
 _DIVERSITY_SECONDS = 0.001
 _EXPLANATION_SECONDS = 0.005
 _CART_EVENTS = 100
+_BEHIND_THE_PAGE = 200
+"""Candidates behind the page from which rules and exploration choose."""
+_EXPLORED_BEHIND = 100
+_EXPLORED_NEW = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What answers that are to agree are made from."""
+
+    world: World
+    configuration: Configuration
 
 
 @dataclass(slots=True)
@@ -91,6 +109,11 @@ class Ranking:
     selection: Selection = field(init=False)
     strength: float = 0.0
     reasons: Sequence[Sequence[Reason]] = ()
+    plan: RulePlan | None = None
+    order_R: Float32 | None = None
+    seed: int = 0
+    explored: frozenset[int] = frozenset()
+    propensities_K: Float32 | None = None
 
 
 class Recommender:
@@ -106,6 +129,7 @@ class Recommender:
         clock: time.
         new_id: makes 8 random bytes for each answer.
         configs: by id.
+        record: told of each query that is answered.
     """
 
     def __init__(
@@ -120,6 +144,7 @@ class Recommender:
         clock: Clock,
         new_id: Callable[[], bytes],
         configs: ServingConfigs,
+        record: Callable[[Query], None] | None = None,
     ) -> None:
         self._worlds = worlds
         self._histories = histories
@@ -130,33 +155,53 @@ class Recommender:
         self._clock = clock
         self._new_id = new_id
         self._configs = configs
+        self._record = record
 
-    def answer(self, query: Query, budget_seconds: float) -> Answer:
+    def answer(self, query: Query, budget_seconds: float, snapshot: Snapshot | None = None) -> Answer:
         """Returns a page of recommendations, within the budget.
 
         Raises:
             InvalidInput: the filter does not parse, or profile refuses the consistency token.
             NotFound: SERVING_CONFIG_NOT_FOUND; ITEM_NOT_FOUND for SIMILAR.
         """
-        return self.assemble(self.rank(query, budget_seconds))
+        if self._record is not None:
+            self._record(query)
+        return self.assemble(self.rank(query, budget_seconds, snapshot))
 
-    def rank(self, query: Query, budget_seconds: float) -> Ranking:
-        """Runs the pipeline up to the chosen page; raises as `answer` does."""
+    def snapshot(self) -> Snapshot:
+        """Returns the newest world and configuration, for several answers that are to agree."""
+        return Snapshot(self._worlds.current(), self._configs.current())
+
+    def rank(
+        self,
+        query: Query,
+        budget_seconds: float,
+        snapshot: Snapshot | None = None,
+        rules: Sequence[Rule] | None = None,
+    ) -> Ranking:
+        """Runs the pipeline up to the chosen page; raises as `answer` does.
+
+        Args:
+            snapshot: what to answer from; None: the newest.
+            rules: in place of those of the serving config.
+        """
         started = self._clock.monotonic()
-        config = self._configs.get(query.serving_config)
+        configuration = self._configs.current() if snapshot is None else snapshot.configuration
+        config = configuration.config(query.serving_config)
         ranking = Ranking(
             query=query,
-            world=self._worlds.current(),
+            world=self._worlds.current() if snapshot is None else snapshot.world,
             config=config,
             policy=config.policy(query.placement),
             now=self._clock.now(),
             deadline=started + budget_seconds,
         )
+        rules = configuration.rules_of(config) if rules is None else rules
         # A filter that does not parse fails before any waiting.
         filter_R = self._filters.mask(query.filter_text, ranking.world.catalog) if query.filter_text else None
 
         self._read_history(ranking)
-        if query.consistency is not None:
+        if query.consistency is not None and snapshot is None:
             # Waiting takes time in which a model or the catalogue may have changed: take the newest.
             ranking.world = self._worlds.current()
             if query.filter_text:
@@ -169,6 +214,8 @@ class Recommender:
         scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
         mark = self._stage(ranking, "score", mark, ranking.world.size, scored)
 
+        if rules:
+            ranking.plan = plan_rules(rules, query.placement, ranking.now, ranking.world, self._filters)
         ranking.eligibility = self._judge(ranking, filter_R)
         eligible = int(np.count_nonzero(ranking.eligibility.eligible_R)) if query.traced else 0
         mark = self._stage(ranking, "filter", mark, scored, eligible)
@@ -198,7 +245,7 @@ class Recommender:
             next_page = Page(
                 offset=shown,
                 model_version=version,
-                seed=query.page.seed or query.seed,
+                seed=ranking.seed or query.page.seed or query.seed,
                 shown_digests=np.concatenate([query.page.shown_digests, digests_K.astype(np.uint32)]),
             )
         attribution = AttributionToken(
@@ -209,7 +256,11 @@ class Recommender:
             model_version=version,
             variant=query.variant,
             item_digests_K=digests_K,
-            propensities_K=np.ones(len(rows_K), dtype=np.float32),
+            propensities_K=(
+                np.ones(len(rows_K), dtype=np.float32)
+                if ranking.propensities_K is None
+                else ranking.propensities_K
+            ),
         )
         records: list[object | None] = []
         if query.with_records:
@@ -301,6 +352,8 @@ class Recommender:
             known = np.flatnonzero(indices_N >= 0)
             if len(known):
                 return similar_scores(world, model, int(indices_N[known[-1]]))
+        if ranking.config.scorer is Scorer.COSINE and model is not None and len(history):
+            return cosine_scores(world, model, history, self._counts, now, ranking.config.cosine_alpha)
         if ranking.config.scorer is Scorer.BLENDED and model is not None and len(history):
             may_encode = self._remaining(ranking) > _ENCODE_SECONDS
             return blended_scores(world, model, history, self._counts, now, may_encode=may_encode)
@@ -362,6 +415,8 @@ class Recommender:
             filter_R=filter_R,
             respects_stock=policy.exclude_out_of_stock,
             now=ranking.now,
+            policy_R=self._filters.mask(policy.filter_text, world.catalog) if policy.filter_text else None,
+            ruled_out_R=ranking.plan.ruled_out(world.size) if ranking.plan is not None else None,
         )
 
     def _select(self, ranking: Ranking) -> Selection:
@@ -370,7 +425,8 @@ class Recommender:
         count = min(query.page_size or ranking.policy.default_page_size, MAX_PAGE_SIZE)
         count = min(count, MAX_PAGED_ITEMS - query.page.offset)
         personal = query.kind in _PERSONAL
-        if personal and scores.model_history is not None and config.diversity_strength > 0:
+        by_vectors = scores.model_history is not None or scores.sources == [Source.COSINE]
+        if personal and by_vectors and config.diversity_strength > 0:
             if self._remaining(ranking) > _DIVERSITY_SECONDS:
                 ranking.strength = config.diversity_strength
             else:
@@ -380,8 +436,12 @@ class Recommender:
         made: dict[int, Tier] = {}
         unseen_R, seen_R = eligibility.split_by_seen()
 
+        plan = ranking.plan
+        if plan is not None and plan.shifts:
+            ranking.order_R = plan.order(scores.score_R, eligibility.eligible_R)
+
         def first() -> Tier:
-            return Tier(scores.sources[0], scores.score_R, unseen_R)
+            return Tier(scores.sources[0], scores.score_R, unseen_R, ranking.order_R)
 
         def new_items() -> Tier:
             # What the model has not learnt yet comes after everything that it has: never lost, never first.
@@ -391,7 +451,7 @@ class Recommender:
 
         def seen_items() -> Tier:
             # Rather something they know than nothing.
-            return Tier(scores.sources[0], scores.score_R, seen_R)
+            return Tier(scores.sources[0], scores.score_R, seen_R, ranking.order_R)
 
         def outside_filter() -> Tier:
             popular_R = popular_scores(world, self._counts, ranking.now).score_R
@@ -413,14 +473,28 @@ class Recommender:
 
             return make
 
-        selection = select(
-            [remembered(number) for number in range(len(makers))],
-            count,
-            world.model,
-            ranking.strength,
-            config.diversity_depth,
-        )
-        ranking.tiers = [made[number] for number in sorted(made)]
+        explores = personal and config.exploration_slots > 0 and config.exploration_probability > 0
+        further = _BEHIND_THE_PAGE if explores or (plan is not None and plan.arranges) else 0
+        selection = self._choose(ranking, [remembered(n) for n in range(len(makers))], count, further)
+        behind = selection.rows_K[count:]
+        if plan is not None and plan.arranges:
+            selection, behind = self._arranged(ranking, selection, len(makers), count)
+            while len(selection.rows_K) < count and further < world.size and selection.has_more:
+                # Caps have used the candidates up: more of them, or all.
+                further *= 8
+                plan.moved.clear()
+                plan.displaced.clear()
+                pool = self._choose(ranking, [remembered(n) for n in range(len(makers))], count, further)
+                selection, behind = self._arranged(ranking, pool, len(makers), count)
+                if not pool.has_more:
+                    break
+            made[len(makers)] = Tier(Source.RULE, np.zeros(world.size, np.float32), eligibility.eligible_R)
+        elif further:
+            selection = selection.first(count)
+        if explores:
+            selection = self._explore(ranking, selection, behind)
+            made.setdefault(1, new_items())
+        ranking.tiers = [made[n] if n in made else made[0] for n in range(max(made) + 1)]
         if makers[-1] is outside_filter and len(makers) - 1 in selection.tiers_K:
             ranking.degraded.append(
                 Degradation(
@@ -428,6 +502,76 @@ class Recommender:
                 )
             )
         return selection
+
+    def _choose(
+        self, ranking: Ranking, tiers: list[Callable[[], Tier]], count: int, further: int
+    ) -> Selection:
+        depth = ranking.config.diversity_depth
+        return select(tiers, count, ranking.world.model, ranking.strength, depth, further)
+
+    @staticmethod
+    def _arranged(
+        ranking: Ranking, pool: Selection, pin_tier: int, count: int
+    ) -> tuple[Selection, np.ndarray]:
+        assert ranking.plan is not None
+        order_R = ranking.scores.score_R if ranking.order_R is None else ranking.order_R
+        return arrange(
+            pool,
+            ranking.plan,
+            ranking.world,
+            ranking.eligibility.eligible_R,
+            order_R,
+            count,
+            ranking.query.page.offset,
+            pin_tier,
+        )
+
+    def _explore(self, ranking: Ranking, page: Selection, behind: np.ndarray) -> Selection:
+        query, config, world, plan = ranking.query, ranking.config, ranking.world, ranking.plan
+        ranking.seed = query.page.seed or query.seed or int.from_bytes(self._new_id(), "big") >> 1 or 1
+        unlearnt_R = ranking.eligibility.eligible_R & (ranking.scores.score_R == -np.inf)
+        unlearnt_R[page.rows_K] = False
+        newest = top_rows(newest_scores(world), unlearnt_R, _EXPLORED_NEW)
+        behind = behind[:_EXPLORED_BEHIND]
+        candidates_E = np.concatenate([behind, newest[~np.isin(newest, behind)]]).astype(np.int32)
+        open_places = list(range(len(page.rows_K)))
+        if plan is not None:
+            # What a rule has placed, or a share may need, stays; and no draw may break a cap.
+            open_places = [
+                place
+                for place, row in enumerate(page.rows_K.tolist())
+                if row not in plan.moved and not any(mask_R[row] for _, mask_R, _ in plan.shares)
+            ]
+            slots = config.exploration_slots
+            pinned = {row for _, row, _ in plan.pins}
+            candidates_E = np.array(
+                [
+                    row
+                    for row in candidates_E.tolist()
+                    if row not in pinned and has_room(plan, page, row, world.catalog, slots)
+                ],
+                np.int32,
+            )
+        explored = explore(
+            page.rows_K,
+            open_places,
+            candidates_E,
+            config.exploration_slots,
+            config.exploration_probability,
+            np.random.default_rng([ranking.seed % 2**64, query.page.offset]),
+        )
+        places = list(explored.places)
+        ranking.explored = frozenset(explored.rows_K[places].tolist())
+        ranking.propensities_K = explored.propensities_K
+        if not places:
+            return page
+        scores_K, tiers_K = page.scores_K.copy(), page.tiers_K.copy()
+        drawn = explored.rows_K[places]
+        scored = ranking.scores.score_R[drawn] > -np.inf
+        lowest = float(page.scores_K.min()) - 1
+        scores_K[places] = np.where(scored, ranking.scores.score_R[drawn], np.float32(lowest))
+        tiers_K[places] = np.where(scored, 0, 1)
+        return Selection(explored.rows_K, scores_K, tiers_K, True)
 
     def _explain(self, ranking: Ranking) -> None:
         selection = ranking.selection
@@ -448,7 +592,26 @@ class Recommender:
         if ranking.scores.model_history is not None and ranking.scores.logits_I is None:
             # The prior that stood in for the encoder is no count.
             sources_K = [Source.COOCCURRENCE if tier == 0 else tiers[tier].source for tier in tiers_K]
-        return reasons_for(ranking.world, ranking.scores, ranking.history, rows_K, sources_K, values_K)
+        found = reasons_for(ranking.world, ranking.scores, ranking.history, rows_K, sources_K, values_K)
+        if ranking.plan is None and not ranking.explored:
+            return found
+        return [
+            [*self._reasons_of_shop(ranking, int(row)), *reasons]
+            for row, reasons in zip(rows_K, found, strict=True)
+        ]
+
+    @staticmethod
+    def _reasons_of_shop(ranking: Ranking, row: int) -> list[Reason]:
+        """Returns what rules and exploration did for an item; it comes before what the item itself did."""
+        if row in ranking.explored:
+            return [Reason(ReasonKind.EXPLORATION, "Shown to learn how it does")]
+        if ranking.plan is None:
+            return []
+        contributions = ranking.plan.contributions(row)
+        return [
+            Reason(ReasonKind.RULE, "Chosen by the shop", contribution=added, rule_id=rule_id)
+            for rule_id, added in contributions.items()
+        ]
 
     def _note_missing(self, ranking: Ranking) -> None:
         query, world, selection = ranking.query, ranking.world, ranking.selection

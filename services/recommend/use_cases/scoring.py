@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from services.recommend.domain.cosine import moment_vector
 from services.recommend.domain.history import History, Purchases, buy_again_scores, purchases_of
 from services.recommend.domain.live_counts import LiveCounts
 from services.recommend.domain.recommendation import Cause, Degradation, Source
@@ -92,6 +93,23 @@ def blended_scores(
     scores = _without_encoder(world, model, read, cooccurrence_I)
     scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, "left out to keep the deadline"))
     return scores
+
+
+def cosine_scores(
+    world: World, model: Model, history: History, counts: LiveCounts, now: float, alpha: float
+) -> Scores:
+    """The cosine scorer; popularity where the model knows no event or the encoder fails."""
+    read = model.read_history(history)
+    if not len(read):
+        return popular_scores(world, counts, now)
+    try:
+        portrait_D = model.encode(read)
+    except (RuntimeError, ValueError) as error:
+        scores = popular_scores(world, counts, now)
+        scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
+        return scores
+    moment_D = moment_vector(model.vectors(read.indices_H), history.times_N[read.places_H])
+    return Scores(world.by_row(model.similarities(portrait_D, moment_D, alpha)), [Source.COSINE])
 
 
 def _without_encoder(world: World, model: Model, read: ModelHistory, cooccurrence_I: Float32) -> Scores:

@@ -24,11 +24,13 @@ class Tier:
         source: what its items are called in reasons.
         score_R: -inf where the tier has no opinion.
         eligible_R: what may be taken.
+        order_R: what the order is made of, where rules shift the scores.
     """
 
     source: Source
     score_R: Float32
     eligible_R: Mask
+    order_R: Float32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +47,55 @@ class Selection:
     tiers_K: npt.NDArray[np.int32]
     has_more: bool
 
+    def first(self, count: int) -> Selection:
+        """Returns the first `count` items."""
+        if len(self.rows_K) <= count:
+            return self
+        return Selection(self.rows_K[:count], self.scores_K[:count], self.tiers_K[:count], True)
+
 
 def select(
-    tiers: Sequence[Callable[[], Tier]], count: int, model: Model | None, strength: float, depth: int
+    tiers: Sequence[Callable[[], Tier]],
+    count: int,
+    model: Model | None,
+    strength: float,
+    depth: int,
+    further: int = 0,
 ) -> Selection:
     """Returns the best `count` items, tier after tier; the first tier alone is diversified.
 
     Items of a later tier continue the scores downwards by whole numbers: tiers measure in units of
     their own, and the order is that of the page.
+
+    Args:
+        further: how many items behind the page are wanted too; they do not change the page.
     """
     rows_K = np.empty(0, dtype=np.int32)
     scores_K = np.empty(0, dtype=np.float32)
     tiers_K = np.empty(0, dtype=np.int32)
     for number, make_tier in enumerate(tiers):
-        wanted = count - len(rows_K)
+        wanted = count + further - len(rows_K)
         tier = make_tier()
+        order_R = tier.score_R if tier.order_R is None else tier.order_R
         eligible_R = tier.eligible_R
         if len(rows_K):
             eligible_R = eligible_R.copy()
             eligible_R[rows_K] = False
         if wanted == 0:
-            if bool(np.any(eligible_R & (tier.score_R > -np.inf))):
+            if bool(np.any(eligible_R & (order_R > -np.inf))):
                 return Selection(rows_K, scores_K, tiers_K, True)
             continue
         diversify = number == 0 and strength > 0 and model is not None
         # One more than wanted tells whether there is a next page.
-        rows = top_rows(tier.score_R, eligible_R, max(wanted + 1, depth if diversify else 0))
+        rows = top_rows(order_R, eligible_R, max(wanted + 1, depth if diversify else 0))
         more = len(rows) > wanted
-        scores = tier.score_R[rows]
         if diversify and model is not None:
-            vectors_CD = model.unit_vectors(model.indices_of(rows))
-            order = maximal_marginal_relevance(scores, vectors_CD, strength, wanted)
-            rows, scores = rows[order], scores[order]
-        rows, scores = rows[:wanted], scores[:wanted]
+            near = rows[: max(count + 1, depth)]
+            vectors_CD = model.unit_vectors(model.indices_of(near))
+            order = maximal_marginal_relevance(order_R[near], vectors_CD, strength, min(wanted, len(near)))
+            rows = np.concatenate([near[order], rows[len(near) :]])
+        rows = rows[:wanted]
+        scores = tier.score_R[rows]
         if number and len(scores_K):
             scores = scores_K.min() - np.arange(1, len(rows) + 1, dtype=np.float32)
         rows_K = np.concatenate([rows_K, rows])

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*shopkeeper/recommend/v1/error_reason.proto\x12\x17shopkeeper.recommend.v1*\xfd\x03\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1f\n\x1b\x45RROR_REASON_INVALID_FILTER\x10\x02\x12\x1e\n\x1a\x45RROR_REASON_INVALID_TOKEN\x10\x03\x12)\n%ERROR_REASON_SERVING_CONFIG_NOT_FOUND\x10\x04\x12.\n*ERROR_REASON_SERVING_CONFIG_ALREADY_EXISTS\x10\x05\x12(\n$ERROR_REASON_SERVING_CONFIG_BUILT_IN\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_RULE_NOT_FOUND\x10\x07\x12$\n ERROR_REASON_RULE_ALREADY_EXISTS\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12\x1f\n\x1b\x45RROR_REASON_ITEM_NOT_FOUND\x10\n\x12\x1e\n\x1a\x45RROR_REASON_NOT_BUILT_YET\x10\x0b\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x0c\x12#\n\x1f\x45RROR_REASON_DEADLINE_TOO_SHORT\x10\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*shopkeeper/recommend/v1/error_reason.proto\x12\x17shopkeeper.recommend.v1*\xa9\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12 \n\x1c\x45RROR_REASON_INVALID_REQUEST\x10\x01\x12\x1f\n\x1b\x45RROR_REASON_INVALID_FILTER\x10\x02\x12\x1e\n\x1a\x45RROR_REASON_INVALID_TOKEN\x10\x03\x12)\n%ERROR_REASON_SERVING_CONFIG_NOT_FOUND\x10\x04\x12.\n*ERROR_REASON_SERVING_CONFIG_ALREADY_EXISTS\x10\x05\x12(\n$ERROR_REASON_SERVING_CONFIG_BUILT_IN\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_RULE_NOT_FOUND\x10\x07\x12$\n ERROR_REASON_RULE_ALREADY_EXISTS\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12\x1f\n\x1b\x45RROR_REASON_ITEM_NOT_FOUND\x10\n\x12\x1e\n\x1a\x45RROR_REASON_NOT_BUILT_YET\x10\x0b\x12\x1b\n\x17\x45RROR_REASON_OVERLOADED\x10\x0c\x12#\n\x1f\x45RROR_REASON_DEADLINE_TOO_SHORT\x10\r\x12*\n&ERROR_REASON_CONFIGURATION_UNAVAILABLE\x10\x0e\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shopkeeper.recommend.v1.err
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=72
-  _globals['_ERRORREASON']._serialized_end=581
+  _globals['_ERRORREASON']._serialized_end=625
 # @@protoc_insertion_point(module_scope)

@@ -76,6 +76,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The deadline had passed before any answer could be made. Code
     `DEADLINE_EXCEEDED`. Remedy: allow at least 20 milliseconds.
     """
+    ERROR_REASON_CONFIGURATION_UNAVAILABLE: _ErrorReason.ValueType  # 14
+    """The directory of serving configs and rules cannot be written; nothing was
+    changed. Code `UNAVAILABLE`. Remedy: its disk and its permissions.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call of the recommend service failed.
@@ -137,5 +141,9 @@ priority first. Code `RESOURCE_EXHAUSTED`, with `RetryInfo`.
 ERROR_REASON_DEADLINE_TOO_SHORT: ErrorReason.ValueType  # 13
 """The deadline had passed before any answer could be made. Code
 `DEADLINE_EXCEEDED`. Remedy: allow at least 20 milliseconds.
+"""
+ERROR_REASON_CONFIGURATION_UNAVAILABLE: ErrorReason.ValueType  # 14
+"""The directory of serving configs and rules cannot be written; nothing was
+changed. Code `UNAVAILABLE`. Remedy: its disk and its permissions.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -989,7 +989,10 @@ class RehearseRuleResponse(_message.Message):
 
     @_typing.final
     class Estimate(_message.Message):
-        """An estimate with its 95 % confidence interval."""
+        """An estimate by the model with its 95 % confidence interval over shoppers: the
+        chance that an item is chosen, times the chance 1 / log2(1 + position) that
+        its place is looked at. Fewer than two shoppers: -1 and infinity.
+        """
 
         DESCRIPTOR: _descriptor.Descriptor
 

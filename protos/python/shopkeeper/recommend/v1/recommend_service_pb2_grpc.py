@@ -328,7 +328,7 @@ class RecommendServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRule(self, request, context):
-        """Deletes a rule.
+        """Deletes a rule. Serving configs that name it go on without it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -123,7 +123,7 @@ class RecommendServiceStub:
     (`ETAG_MISMATCH`).
     """
     DeleteRule: _grpc.UnaryUnaryMultiCallable[_recommend_service_pb2.DeleteRuleRequest, _empty_pb2.Empty]
-    """Deletes a rule."""
+    """Deletes a rule. Serving configs that name it go on without it."""
     GetModelStatus: _grpc.UnaryUnaryMultiCallable[_recommend_service_pb2.GetModelStatusRequest, _recommend_service_pb2.GetModelStatusResponse]
     """Says which model is in service, how fresh histories and catalogue are, and
     what is degraded.
@@ -221,7 +221,7 @@ class RecommendServiceAsyncStub(RecommendServiceStub):
     (`ETAG_MISMATCH`).
     """
     DeleteRule: _aio.UnaryUnaryMultiCallable[_recommend_service_pb2.DeleteRuleRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a rule."""
+    """Deletes a rule. Serving configs that name it go on without it."""
     GetModelStatus: _aio.UnaryUnaryMultiCallable[_recommend_service_pb2.GetModelStatusRequest, _recommend_service_pb2.GetModelStatusResponse]  # type: ignore[assignment]
     """Says which model is in service, how fresh histories and catalogue are, and
     what is degraded.
@@ -430,7 +430,7 @@ class RecommendServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _recommend_service_pb2.DeleteRuleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a rule."""
+        """Deletes a rule. Serving configs that name it go on without it."""
 
     @_abc_1.abstractmethod
     def GetModelStatus(

@@ -52,8 +52,11 @@ Global___GroupBy: _TypeAlias = GroupBy  # noqa: Y015
 class Rule(_message.Message):
     """A merchandising rule: what the shop wants, whatever the model thinks.
 
-    Rules act after ranking and diversity, in the order in which the serving config
-    names them. No rule brings back an item that is withdrawn or sold out.
+    Exclusions act as a filter; boosts and buries change the score that the order
+    is made of, before diversity; pins, caps and minimum shares then arrange the
+    page. Rules act in the order in which the serving config names them: of two
+    pins for one place the first stands. A pin counts towards caps and shares, and
+    no cap takes it out. No rule brings back an item that is withdrawn or sold out.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -48,7 +48,10 @@ class ServingConfig(_message.Message):
         SCORER_POPULARITY: ServingConfig._Scorer.ValueType  # 2
         """Decayed event counts."""
         SCORER_COSINE: ServingConfig._Scorer.ValueType  # 3
-        """The cosine scorer sim(U, I) = (U·I + alpha R(T)·I) / (|U| |I|)."""
+        """The cosine scorer sim(U, I) = (U·I + alpha R(T)·I) / (|U| |I|): U the
+        encoded history, R(T) the mean of its events' item vectors, each weighted by
+        its recency with a half-life of one hour, I the item's vector.
+        """
         SCORER_ITEM_TO_ITEM: ServingConfig._Scorer.ValueType  # 4
         """Cosine of item vectors plus log-damped co-occurrence, item to item."""
         SCORER_WEIGHTED_SUM: ServingConfig._Scorer.ValueType  # 5
@@ -66,7 +69,10 @@ class ServingConfig(_message.Message):
     SCORER_POPULARITY: ServingConfig.Scorer.ValueType  # 2
     """Decayed event counts."""
     SCORER_COSINE: ServingConfig.Scorer.ValueType  # 3
-    """The cosine scorer sim(U, I) = (U·I + alpha R(T)·I) / (|U| |I|)."""
+    """The cosine scorer sim(U, I) = (U·I + alpha R(T)·I) / (|U| |I|): U the
+    encoded history, R(T) the mean of its events' item vectors, each weighted by
+    its recency with a half-life of one hour, I the item's vector.
+    """
     SCORER_ITEM_TO_ITEM: ServingConfig.Scorer.ValueType  # 4
     """Cosine of item vectors plus log-damped co-occurrence, item to item."""
     SCORER_WEIGHTED_SUM: ServingConfig.Scorer.ValueType  # 5
@@ -261,7 +267,11 @@ Global___Diversity: _TypeAlias = Diversity  # noqa: Y015
 
 @_typing.final
 class Exploration(_message.Message):
-    """Slots that are spent on learning."""
+    """Slots that are spent on learning: the last ones of a page that no rule has
+    taken. One that explores shows an item drawn uniformly from E candidates behind
+    the page; its propensity is `probability` / E, that of an item that stayed is
+    1 - `probability`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from services.recommend.domain.cosine import cosine_similarities
 from services.recommend.domain.history import History
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.status import ModelState, Refusal
@@ -80,6 +81,12 @@ class BundleModel:
         if indices.min(initial=0) < 0:
             vectors_CD[indices < 0] = 0
         return vectors_CD
+
+    def vectors(self, indices: Int64) -> Float32:
+        return self._item_vectors_ID[indices]
+
+    def similarities(self, portrait_D: Float32, moment_D: Float32, alpha: float) -> Float32:
+        return cosine_similarities(portrait_D, moment_D, self._item_vectors_ID, self._inverse_norms_I, alpha)
 
     def read_history(self, history: History) -> ModelHistory:
         read: ModelHistory = history.derived("read", self._token, lambda: self._read(history))
