@@ -169,9 +169,6 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
 def serve() -> None:
     """Serves until SIGTERM."""
     settings = load_settings(FeedbackSettings)
-    # The commit thread waits for the disk most of the time; when it is back it must not queue for the
-    # interpreter behind threads that convert requests.
-    sys.setswitchinterval(0.001)
     telemetry = Telemetry(SERVICE, settings)
     # Keys first: a missing one is not mended by waiting for the database.
     Door.from_directory(settings.keys_path)
