@@ -3,6 +3,8 @@
 Usage:
     python -m services.profile            serves
     python -m services.profile migrate    brings the schema to the newest version
+    python -m services.profile train-churn [--horizon-days DAYS]
+                                          trains a churn model on the log and publishes it
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ from shopkeeper.profile.v1 import (
     profile_service_pb2_grpc,
 )
 
+from services.profile.converters.churn import ChurnConverter
 from services.profile.converters.items import encode_item
 from services.profile.converters.profiles import ProfileConverter
+from services.profile.converters.segments import SegmentConverter
+from services.profile.domain.churn_risk import ChurnRisk
 from services.profile.domain.events import Vocabulary
 from services.profile.metrics import PrometheusMetrics
 from services.profile.servicer.catalog import CatalogServicer
@@ -31,12 +36,20 @@ from services.profile.servicer.profiles import ProfileServicer
 from services.profile.settings import ProfileSettings
 from services.profile.storage import catalogue as catalogue_storage
 from services.profile.storage import log as log_storage
+from services.profile.storage.churn_alerts import PostgresChurnAlerts
+from services.profile.storage.churn_registry import ChurnModels, gate_reasons, verdict
+from services.profile.storage.purchases import PostgresPurchases
+from services.profile.storage.segments import PostgresSegments
 from services.profile.use_cases.catalogue import Catalogue
+from services.profile.use_cases.churn import ChurnWatch, train_churn
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.profiles import Profiles
+from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.database import Database, migrate, resolve_url
 from shared.errors import Unavailable
+from shared.identity import UserKey
+from shared.keys import read_signing_key, read_verifying_key
 from shared.privacy import Pseudonymizer
 from shared.server import GrpcServer, run_service
 from shared.settings import load_settings
@@ -62,6 +75,7 @@ class Profile:
     follower: LogFollower
     histories: LiveHistories
     catalogue: Catalogue
+    churn: ChurnWatch
     store: catalogue_storage.PostgresCatalogue
     profile_servicer: ProfileServicer
     catalog_servicer: CatalogServicer
@@ -87,13 +101,38 @@ class Profile:
         catalogue = Catalogue(store, encode_item, metrics, clock_us)
         profiles = Profiles(follower, histories, items, currencies, catalogue.facts, clock_us)
         converter = ProfileConverter(pseudonymizer, signer, items, currencies, profiles.summary)
+        churn = ChurnWatch(
+            PostgresPurchases(database),
+            ChurnModels(settings.registry_path, read_verifying_key(settings.keys_path)),
+            PostgresChurnAlerts(database),
+            metrics,
+            clock_us,
+            settings.churn_score_seconds,
+            settings.margin_share,
+        )
+        segments = PostgresSegments(database)
+
+        def risk_of(user_key: UserKey) -> ChurnRisk | None:
+            known = churn.risk_of(user_key)
+            return known[1] if known else None
+
         return cls(
             database,
             follower,
             histories,
             catalogue,
+            churn,
             store,
-            ProfileServicer(profiles, converter, settings.catch_up_seconds),
+            ProfileServicer(
+                profiles,
+                converter,
+                churn,
+                ChurnConverter(signer),
+                Segments(segments),
+                SegmentMembers(log, segments, profiles.portrait, risk_of),
+                SegmentConverter(signer),
+                settings.catch_up_seconds,
+            ),
             CatalogServicer(catalogue, signer, clock_us),
             (
                 log_storage.Listener(database, log_storage.CHANNEL, follower.nudge),
@@ -120,6 +159,7 @@ class Profile:
         loops: list[tuple[str, Callable[[], None]]] = [
             ("follow-log", partial(self.follower.run, tell)),
             ("follow-items", partial(self.catalogue.run, tell)),
+            ("watch-churn", self.churn.run),
             *((f"listen-{number}", listener.run) for number, listener in enumerate(self.listeners)),
         ]
         for name, run in loops:
@@ -142,6 +182,7 @@ class Profile:
         """Ends every stream and stops following."""
         self.follower.stop()
         self.catalogue.stop()
+        self.churn.stop()
         for listener in self.listeners:
             listener.stop()
 
@@ -171,6 +212,9 @@ def main() -> None:
     if arguments == ["migrate"]:
         migrate(resolve_url(settings), "profile")
         return
+    if arguments[:1] == ["train-churn"]:
+        train_and_publish(settings, _horizon_days(arguments[1:]))
+        return
     if arguments:
         print(__doc__, file=sys.stderr)
         raise SystemExit(2)
@@ -192,6 +236,43 @@ def main() -> None:
     profile.start(set_ready)
     server.serve_until_signal()
     profile.close()
+
+
+def train_and_publish(settings: ProfileSettings, horizon_days: int) -> str:
+    """Trains a churn model, publishes it, says how good it is, and returns its version.
+
+    Raises:
+        FailedPrecondition: a key is missing, or there is nothing to learn from.
+        Unavailable: the log cannot be read.
+    """
+    signing_key = read_signing_key(settings.keys_path)
+    models = ChurnModels(settings.registry_path, read_verifying_key(settings.keys_path))
+    database = Database(resolve_url(settings), schema="profile", pool_size=2)
+    try:
+        model = train_churn(PostgresPurchases(database), horizon_days, clock_us())
+    finally:
+        database.close()
+    version = models.publish(model, signing_key)
+    print(f"churn model {version}: gate {verdict(model)}")
+    for name, quality in (("model", model.quality), ("BG/NBD", model.reference_quality)):
+        if quality is not None:
+            print(
+                f"  {name}: AUC {quality.auc:.4f}, logarithmic loss {quality.log_loss:.4f}, "
+                f"calibration error {quality.expected_calibration_error:.4f}"
+            )
+    for reason in gate_reasons(model):
+        print(f"  {reason}")
+    return version
+
+
+def _horizon_days(arguments: list[str]) -> int:
+    if not arguments:
+        return 90
+    match arguments:
+        case ["--horizon-days", days] if days.isascii() and days.isdigit() and 1 <= int(days) <= 365:
+            return int(days)
+    print("train-churn takes --horizon-days DAYS, 1 to 365; 90 by default", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _migrate_when_reachable(url: str, telemetry: Telemetry) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.profile.domain.churn_model import ChurnModel
 from services.profile.domain.events import EventBatch, EventWindow
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
+from services.profile.domain.purchase_log import PurchaseLog
+from services.profile.domain.segments import Segment, SegmentChange
 from shared.identity import UserKey
 from shared.tokens import Watermark
 
@@ -106,6 +109,123 @@ class CatalogueStore(Protocol):
 
     def announce(self) -> None:
         """Wakes the readers of every replica soon. Never fails: they also poll."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PurchaseHistory:
+    """What was bought and sent back.
+
+    Attributes:
+        user_keys: by the numbers that the log gives shoppers, ascending.
+        currency_code: that of most lines; lines in another one are worth 0 in the log.
+    """
+
+    log: PurchaseLog
+    user_keys: Sequence[bytes]
+    currency_code: str
+
+
+class Purchases(Protocol):
+    """Everybody's purchases. Raises Unavailable when the log cannot be read."""
+
+    def read(self, *, for_training: bool, before_us: int) -> PurchaseHistory:
+        """Returns lines that happened before a time.
+
+        Args:
+            for_training: of those who consent to training; otherwise of those who consent to be served
+                personally.
+        """
+        ...
+
+
+class ChurnModels(Protocol):
+    """Where churn models are published."""
+
+    def current_version(self) -> str | None:
+        """Returns the version in production, or None."""
+        ...
+
+    def load(self, version: str) -> ChurnModel:
+        """Returns a model; raises DataLoss when any digest, signature, shape or number does not fit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAlert:
+    """A rise of one shopper's probability over at least one whole percent."""
+
+    alert_id: int
+    user_key: UserKey
+    previous_probability: float
+    probability: float
+    model_version: str
+    time_us: int
+
+
+class ChurnAlerts(Protocol):
+    """Rises of probabilities, durable. All raise Unavailable when the database does not answer."""
+
+    def record(
+        self,
+        user_keys: Sequence[bytes],
+        probabilities: Sequence[float],
+        horizon_days: int,
+        model_version: str,
+    ) -> int:
+        """Compares with what was recorded before, stores rises, and returns how many there are.
+
+        A shopper who is new makes no alert. Replicas that record the same make one alert.
+        """
+        ...
+
+    def after(
+        self, alert_id: int, horizon_days: int, threshold: float, limit: int
+    ) -> tuple[int, list[StoredAlert]]:
+        """Returns crossings of a threshold behind an id, and the id up to which all are told."""
+        ...
+
+    def newest(self) -> int:
+        """Returns the id of the newest alert, or 0."""
+        ...
+
+    def erase_forgotten(self) -> list[UserKey]:
+        """Removes whoever was erased, and returns everybody who ever was."""
+        ...
+
+
+class SegmentStore(Protocol):
+    """Segments as stored. All raise Unavailable when the database does not answer."""
+
+    def create(self, segment: Segment, request_id: str) -> Segment:
+        """Stores a segment; with a request id that was used, returns what the first call made.
+
+        Raises:
+            AlreadyExists: the id is taken.
+        """
+        ...
+
+    def get(self, segment_id: str, version: int = 0) -> Segment:
+        """Returns a segment, as of a version or the newest; raises NotFound."""
+        ...
+
+    def page(self, after_segment_id: str, limit: int) -> list[Segment]:
+        """Returns segments behind an id, by ascending id."""
+        ...
+
+    def update(self, change: SegmentChange) -> Segment:
+        """Applies a change; another filter makes a new version. Raises NotFound, Aborted."""
+        ...
+
+    def delete(self, segment_id: str, revision: int | None) -> None:
+        """Deletes a segment with its versions; raises NotFound, Aborted."""
+        ...
+
+    def users_after(self, user_key: bytes, limit: int) -> tuple[list[UserKey], bytes | None]:
+        """Returns shoppers of the log behind a key, ascending, and the key to go on behind; None at the end.
+
+        Those who were erased are left out, and so there may be fewer than `limit` before the end.
+        """
         ...
 
 

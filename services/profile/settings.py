@@ -20,3 +20,12 @@ class ProfileSettings(ServiceSettings):
     catch_up_seconds: float = Field(
         5.0, gt=0, description="Longest wait for the log where a consistency token comes without a deadline."
     )
+    churn_score_seconds: float = Field(
+        300.0, gt=0, description="How often the risk of every shopper is computed anew."
+    )
+    margin_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="The share of an order's worth that is margin, for lifetime values. At 1 they are revenue.",
+    )

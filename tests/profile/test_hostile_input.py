@@ -28,6 +28,8 @@ METHODS = [(stub, method) for stub, service in SERVICES.items() for method in se
 BUILT = {
     *("GetProfile", "BatchGetProfiles", "WatchProfiles", "UpsertItems", "PatchItems", "SetInventory"),
     *("DeleteItems", "GetItem", "ListItems", "WatchItems"),
+    *("CreateSegment", "GetSegment", "ListSegments", "UpdateSegment", "DeleteSegment", "ListUsersInSegment"),
+    *("ListAtRiskUsers", "WatchChurnAlerts", "GetChurnModel"),
 }
 UNEXPECTED = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 

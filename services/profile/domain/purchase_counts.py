@@ -68,11 +68,12 @@ class BgNbd:
             raise ValueError(f"{self} must be finite and positive")
 
     @classmethod
-    def fit(cls, counts: PurchaseCounts, weights_N: Float | None = None) -> BgNbd:
+    def fit(cls, counts: PurchaseCounts, weights_N: Float | None = None, start: BgNbd | None = None) -> BgNbd:
         """Returns the maximum-likelihood estimate, by L-BFGS-B over the logarithms of the parameters.
 
         Args:
             weights_N: how many customers each row stands for; one each by default.
+            start: where to begin, such as the fit of a day nearby; from two places far apart by default.
 
         Raises:
             ValueError: there are no customers.
@@ -91,17 +92,20 @@ class BgNbd:
             mean = float(weights @ model.log_likelihoods(distinct_counts)) / float(weights.sum())
             return -mean + _RIDGE * float(logs @ logs)
 
+        # The likelihood can have a ridge: two starting points, the better one wins.
+        firsts: list[tuple[float, ...]] = [(-1.0, -1.0, 0.0, 1.0), (0.5, 0.0, -1.0, 0.0)]
+        if start is not None:
+            firsts = [tuple(np.log([start.r, start.alpha / scale, start.a, start.b]).tolist())]
         best = min(
             (
                 minimize(
                     loss,
-                    np.array(start),
+                    np.clip(first, *_LOG_BOUNDS),
                     method="L-BFGS-B",
                     bounds=[_LOG_BOUNDS] * 4,
                     options={"ftol": 1e-14, "gtol": 1e-8},
                 )
-                # The likelihood can have a ridge: two starting points, the better one wins.
-                for start in ((-1.0, -1.0, 0.0, 1.0), (0.5, 0.0, -1.0, 0.0))
+                for first in firsts
             ),
             key=lambda result: float(result.fun),
         )

@@ -14,11 +14,19 @@ from shopkeeper.profile.v1 import (
     profile_service_pb2_grpc,
     rebuild_pb2,
     segment_pb2,
+    user_portrait_pb2,
 )
 
+from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk
 from services.profile.converters.profiles import ProfileConverter
+from services.profile.converters.segment_language import parse_filter
+from services.profile.converters.segments import SegmentConverter, revision, segment_id, version_wanted
+from services.profile.domain.churn_risk import ChurnRisk
+from services.profile.use_cases.churn import ChurnWatch, Members, Scores
 from services.profile.use_cases.profiles import Profiles
+from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.errors import Unimplemented
+from shared.identity import UserKey
 from shared.server import time_remaining_seconds
 
 # An answer needs a moment to travel, too.
@@ -32,9 +40,24 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         catch_up_seconds: patience with the log where the caller set no deadline.
     """
 
-    def __init__(self, profiles: Profiles, converter: ProfileConverter, catch_up_seconds: float) -> None:
+    def __init__(
+        self,
+        profiles: Profiles,
+        converter: ProfileConverter,
+        churn: ChurnWatch,
+        churn_converter: ChurnConverter,
+        segments: Segments,
+        members: SegmentMembers,
+        segment_converter: SegmentConverter,
+        catch_up_seconds: float,
+    ) -> None:
         self._profiles = profiles
         self._converter = converter
+        self._churn = churn
+        self._churn_converter = churn_converter
+        self._segments = segments
+        self._members = members
+        self._segment_converter = segment_converter
         self._catch_up_seconds = catch_up_seconds
 
     def GetProfile(self, request: pb.GetProfileRequest, context: grpc.ServicerContext) -> pb.Profile:
@@ -42,9 +65,10 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         user_key = self._converter.user_key(request)
         token = self._converter.token(request.consistency_token)
         read = self._profiles.read([user_key], token, self._patience(context))
-        return self._converter.profile(
+        profile = self._converter.profile(
             read.readings[0], read.watermark, request.view, self._profiles.portrait
         )
+        return self._portrayed(profile, user_key)
 
     def BatchGetProfiles(
         self, request: pb.BatchGetProfilesRequest, context: grpc.ServicerContext
@@ -55,7 +79,10 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         read = self._profiles.read(user_keys, token, self._patience(context))
         return pb.BatchGetProfilesResponse(
             profiles=[
-                self._converter.profile(reading, read.watermark, request.view, self._profiles.portrait)
+                self._portrayed(
+                    self._converter.profile(reading, read.watermark, request.view, self._profiles.portrait),
+                    reading.user_key,
+                )
                 for reading in read.readings
             ]
         )
@@ -83,52 +110,91 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
     def CreateSegment(
         self, request: pb.CreateSegmentRequest, context: grpc.ServicerContext
     ) -> segment_pb2.Segment:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        segment = self._segment_converter.new_segment(request)
+        return self._segment_converter.segment(self._segments.create(segment, request.request_id))
 
     def GetSegment(self, request: pb.GetSegmentRequest, context: grpc.ServicerContext) -> segment_pb2.Segment:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        return self._segment_converter.segment(
+            self._segments.get(segment_id(request.segment_id), version_wanted(request.version))
+        )
 
     def ListSegments(
         self, request: pb.ListSegmentsRequest, context: grpc.ServicerContext
     ) -> pb.ListSegmentsResponse:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        after, page_size = self._segment_converter.page(request)
+        segments = self._segments.page(after, page_size + 1)
+        response = pb.ListSegmentsResponse(
+            segments=[self._segment_converter.segment(segment) for segment in segments[:page_size]]
+        )
+        if len(segments) > page_size:
+            response.next_page_token = self._segment_converter.page_token(segments[page_size - 1].segment_id)
+        return response
 
     def UpdateSegment(
         self, request: pb.UpdateSegmentRequest, context: grpc.ServicerContext
     ) -> segment_pb2.Segment:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        return self._segment_converter.segment(self._segments.update(self._segment_converter.change(request)))
 
     def DeleteSegment(
         self, request: pb.DeleteSegmentRequest, context: grpc.ServicerContext
     ) -> empty_pb2.Empty:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        self._segments.delete(segment_id(request.segment_id), revision(request.etag))
+        return empty_pb2.Empty()
 
     def ListUsersInSegment(
         self, request: pb.ListUsersInSegmentRequest, context: grpc.ServicerContext
     ) -> pb.ListUsersInSegmentResponse:
-        """Not built yet."""
-        _no_segments()
+        """See the contract."""
+        version, after, page_size = self._segment_converter.users_page(request)
+        segment = self._segments.get(segment_id(request.segment_id), version)
+        page = self._members.page(parse_filter(segment.filter), after, page_size)
+        response = pb.ListUsersInSegmentResponse(user_keys=page.user_keys, segment_version=segment.version)
+        if page.next_key is not None:
+            response.next_page_token = self._segment_converter.users_page_token(segment, page.next_key)
+        return response
 
     def ListAtRiskUsers(
         self, request: pb.ListAtRiskUsersRequest, context: grpc.ServicerContext
     ) -> pb.ListAtRiskUsersResponse:
-        """Not built yet."""
-        _no_churn()
+        """See the contract."""
+        least = self._churn_converter.min_probability(request)
+        page_size = self._churn_converter.page_size(request)
+        place = self._churn_converter.place(request)
+        scores = self._churn.scores(self._churn_converter.horizon_days(request))
+        page = self._churn.page(scores, least, place, page_size, self._members_of(request.segment_id))
+        response = pb.ListAtRiskUsersResponse(risks=[_risk_message(scores, risk) for risk in page.risks])
+        if page.more and page.last is not None:
+            response.next_page_token = self._churn_converter.page_token(request, page.last)
+        return response
 
     def WatchChurnAlerts(
         self, request: pb.WatchChurnAlertsRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ChurnAlert]:
-        """Not built yet."""
-        _no_churn()
+        """See the contract."""
+        threshold = self._churn_converter.threshold(request)
+        alert_id = self._churn_converter.alert_id(request)
+        horizon_days = self._churn_converter.horizon_days(request)
+        members = self._members_of(request.segment_id)
+        for alert in self._churn.watch(horizon_days, threshold, alert_id, context.is_active, members):
+            scores = self._churn.scores(horizon_days)
+            stored = alert.stored
+            # What was so when the alert arose, though more may have become known since.
+            risk = _risk_message(scores, alert.risk) if alert.risk else user_portrait_pb2.ChurnRisk()
+            risk.user_key = stored.user_key
+            risk.no_purchase_probability.value = stored.probability
+            risk.model_version = stored.model_version
+            yield self._churn_converter.alert(
+                stored.alert_id, stored.previous_probability, stored.time_us, risk
+            )
 
     def GetChurnModel(self, request: pb.GetChurnModelRequest, context: grpc.ServicerContext) -> pb.ChurnModel:
-        """Not built yet."""
-        _no_churn()
+        """See the contract."""
+        return churn_model(*self._churn.model(self._churn_converter.horizon_days(request)))
 
     def RebuildProfiles(
         self, request: pb.RebuildProfilesRequest, context: grpc.ServicerContext
@@ -152,6 +218,17 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         """Not built yet."""
         _no_rebuild()
 
+    def _portrayed(self, profile: pb.Profile, user_key: UserKey) -> pb.Profile:
+        if profile.HasField("portrait") and (known := self._churn.risk_of(user_key)) is not None:
+            profile.portrait.churn_risk.CopyFrom(_risk_message(*known))
+        return profile
+
+    def _members_of(self, requested_segment: str) -> Members | None:
+        if not requested_segment:
+            return None
+        expression = parse_filter(self._segments.get(segment_id(requested_segment)).filter)
+        return lambda user_keys: self._members.contains(expression, user_keys)
+
     def _patience(self, context: grpc.ServicerContext) -> float:
         return max(0.0, time_remaining_seconds(context, self._catch_up_seconds) - ANSWER_SECONDS)
 
@@ -160,13 +237,10 @@ def _not_built(instead: str) -> NoReturn:
     raise Unimplemented("NOT_BUILT_YET", f"This part of the contract is not built yet. {instead}")
 
 
-def _no_segments() -> NoReturn:
-    _not_built("Read portraits with BatchGetProfiles and select by their fields.")
-
-
-def _no_churn() -> NoReturn:
-    _not_built(
-        "The life-cycle stage and recency of a portrait (GetProfile) tell who has not bought for long."
+def _risk_message(scores: Scores, risk: ChurnRisk) -> user_portrait_pb2.ChurnRisk:
+    shoppers = scores.shoppers
+    return churn_risk(
+        risk, shoppers.model.horizon_days, shoppers.currency_code, shoppers.as_of_us, scores.version
     )
 
 

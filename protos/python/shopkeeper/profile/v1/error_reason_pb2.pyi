@@ -80,8 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_IMPORT_NOT_FOUND: _ErrorReason.ValueType  # 16
     """No import has this id. `NOT_FOUND`. Metadata: `importId`."""
     ERROR_REASON_NO_CHURN_MODEL: _ErrorReason.ValueType  # 17
-    """No churn model has been published. `FAILED_PRECONDITION`. Remedy: train
-    and promote one.
+    """No churn model has been published, or the one in service speaks of another
+    number of days. `FAILED_PRECONDITION`. Metadata: `horizonDays` of the model in
+    service, if any. Remedy: ask for those days, or train one with
+    `python -m services.profile train-churn`.
     """
     ERROR_REASON_NOT_BUILT_YET: _ErrorReason.ValueType  # 18
     """This part of the contract is not built yet. `UNIMPLEMENTED`; the message
@@ -90,6 +92,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CATCH_UP_TIMEOUT: _ErrorReason.ValueType  # 19
     """The log could not be read up to the consistency token before the deadline.
     `DEADLINE_EXCEEDED`. Remedy: allow more time, or leave the token out.
+    """
+    ERROR_REASON_NO_PURCHASES: _ErrorReason.ValueType  # 20
+    """The log holds no purchase that a churn model could learn from. Given by
+    `python -m services.profile train-churn`. Remedy: import purchases first.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -158,8 +164,10 @@ ERROR_REASON_REBUILD_NOT_FOUND: ErrorReason.ValueType  # 15
 ERROR_REASON_IMPORT_NOT_FOUND: ErrorReason.ValueType  # 16
 """No import has this id. `NOT_FOUND`. Metadata: `importId`."""
 ERROR_REASON_NO_CHURN_MODEL: ErrorReason.ValueType  # 17
-"""No churn model has been published. `FAILED_PRECONDITION`. Remedy: train
-and promote one.
+"""No churn model has been published, or the one in service speaks of another
+number of days. `FAILED_PRECONDITION`. Metadata: `horizonDays` of the model in
+service, if any. Remedy: ask for those days, or train one with
+`python -m services.profile train-churn`.
 """
 ERROR_REASON_NOT_BUILT_YET: ErrorReason.ValueType  # 18
 """This part of the contract is not built yet. `UNIMPLEMENTED`; the message
@@ -168,5 +176,9 @@ says what to use instead.
 ERROR_REASON_CATCH_UP_TIMEOUT: ErrorReason.ValueType  # 19
 """The log could not be read up to the consistency token before the deadline.
 `DEADLINE_EXCEEDED`. Remedy: allow more time, or leave the token out.
+"""
+ERROR_REASON_NO_PURCHASES: ErrorReason.ValueType  # 20
+"""The log holds no purchase that a churn model could learn from. Given by
+`python -m services.profile train-churn`. Remedy: import purchases first.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

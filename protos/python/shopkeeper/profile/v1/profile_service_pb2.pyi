@@ -63,7 +63,9 @@ class _ChurnModelKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChurnM
     CHURN_MODEL_KIND_BG_NBD: _ChurnModelKind.ValueType  # 1
     """BG/NBD with gamma-gamma: the statistical reference."""
     CHURN_MODEL_KIND_BOOSTED_TREES: _ChurnModelKind.ValueType  # 2
-    """Gradient-boosted trees."""
+    """Gradient-boosted trees and a logistic regression, calibrated together with
+    BG/NBD.
+    """
     CHURN_MODEL_KIND_NEURAL: _ChurnModelKind.ValueType  # 3
     """A neural network."""
 
@@ -75,7 +77,9 @@ CHURN_MODEL_KIND_UNSPECIFIED: ChurnModelKind.ValueType  # 0
 CHURN_MODEL_KIND_BG_NBD: ChurnModelKind.ValueType  # 1
 """BG/NBD with gamma-gamma: the statistical reference."""
 CHURN_MODEL_KIND_BOOSTED_TREES: ChurnModelKind.ValueType  # 2
-"""Gradient-boosted trees."""
+"""Gradient-boosted trees and a logistic regression, calibrated together with
+BG/NBD.
+"""
 CHURN_MODEL_KIND_NEURAL: ChurnModelKind.ValueType  # 3
 """A neural network."""
 Global___ChurnModelKind: _TypeAlias = ChurnModelKind  # noqa: Y015
@@ -733,8 +737,8 @@ class ListAtRiskUsersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     horizon_days: _builtins.int
-    """The days that the probability shall speak of, in [1, 365]. Defaults to 90
-    when 0.
+    """The days that the probability shall speak of, in [1, 365]: those of the model
+    in service, or `NO_CHURN_MODEL`. Defaults to the model's when 0.
     """
     min_probability: _builtins.float
     """The least probability of no purchase, in [0, 1]. Defaults to 0.5 when not set."""
@@ -804,8 +808,8 @@ class WatchChurnAlertsRequest(_message.Message):
     SEGMENT_ID_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     horizon_days: _builtins.int
-    """The days that the probability shall speak of, in [1, 365]. Defaults to 90
-    when 0.
+    """The days that the probability shall speak of, in [1, 365]: those of the model
+    in service, or `NO_CHURN_MODEL`. Defaults to the model's when 0.
     """
     threshold: _builtins.float
     """The probability whose crossing raises an alert, in (0, 1). Defaults to 0.7
@@ -881,7 +885,9 @@ class GetChurnModelRequest(_message.Message):
 
     HORIZON_DAYS_FIELD_NUMBER: _builtins.int
     horizon_days: _builtins.int
-    """The days that the model shall speak of, in [1, 365]. Defaults to 90 when 0."""
+    """The days that the model shall speak of, in [1, 365]: those of the model in
+    service, or `NO_CHURN_MODEL`. Defaults to the model's when 0.
+    """
     def __init__(
         self,
         *,

@@ -236,7 +236,8 @@ class ProfileServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListUsersInSegment(self, request, context):
-        """Lists the shoppers who are in a segment now, by ascending user key.
+        """Lists the shoppers who are in a segment now, by ascending user key. A page
+        may be short, even empty, before the last one: go on while there is a token.
 
         Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
         """
@@ -255,7 +256,9 @@ class ProfileServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchChurnAlerts(self, request, context):
-        """Streams an alert whenever a shopper crosses the threshold upwards.
+        """Streams an alert whenever a shopper crosses the threshold upwards. All
+        shoppers are scored anew every few minutes, and probabilities compared by the
+        whole percent; alerts are kept for 30 days.
 
         Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """

@@ -95,7 +95,8 @@ class ProfileServiceStub:
     Fails with `SEGMENT_NOT_FOUND`, `ETAG_MISMATCH`.
     """
     ListUsersInSegment: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.ListUsersInSegmentRequest, _profile_service_pb2.ListUsersInSegmentResponse]
-    """Lists the shoppers who are in a segment now, by ascending user key.
+    """Lists the shoppers who are in a segment now, by ascending user key. A page
+    may be short, even empty, before the last one: go on while there is a token.
 
     Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
     """
@@ -106,7 +107,9 @@ class ProfileServiceStub:
     Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
     """
     WatchChurnAlerts: _grpc.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]
-    """Streams an alert whenever a shopper crosses the threshold upwards.
+    """Streams an alert whenever a shopper crosses the threshold upwards. All
+    shoppers are scored anew every few minutes, and probabilities compared by the
+    whole percent; alerts are kept for 30 days.
 
     Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
@@ -200,7 +203,8 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     Fails with `SEGMENT_NOT_FOUND`, `ETAG_MISMATCH`.
     """
     ListUsersInSegment: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.ListUsersInSegmentRequest, _profile_service_pb2.ListUsersInSegmentResponse]  # type: ignore[assignment]
-    """Lists the shoppers who are in a segment now, by ascending user key.
+    """Lists the shoppers who are in a segment now, by ascending user key. A page
+    may be short, even empty, before the last one: go on while there is a token.
 
     Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
     """
@@ -211,7 +215,9 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     Fails with `NO_CHURN_MODEL`, `INVALID_TOKEN`.
     """
     WatchChurnAlerts: _aio.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]  # type: ignore[assignment]
-    """Streams an alert whenever a shopper crosses the threshold upwards.
+    """Streams an alert whenever a shopper crosses the threshold upwards. All
+    shoppers are scored anew every few minutes, and probabilities compared by the
+    whole percent; alerts are kept for 30 days.
 
     Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
@@ -368,7 +374,8 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.ListUsersInSegmentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.ListUsersInSegmentResponse, _abc.Awaitable[_profile_service_pb2.ListUsersInSegmentResponse]]:
-        """Lists the shoppers who are in a segment now, by ascending user key.
+        """Lists the shoppers who are in a segment now, by ascending user key. A page
+        may be short, even empty, before the last one: go on while there is a token.
 
         Fails with `SEGMENT_NOT_FOUND`, `INVALID_TOKEN`.
         """
@@ -391,7 +398,9 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.WatchChurnAlertsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_profile_service_pb2.ChurnAlert], _abc.AsyncIterator[_profile_service_pb2.ChurnAlert]]:
-        """Streams an alert whenever a shopper crosses the threshold upwards.
+        """Streams an alert whenever a shopper crosses the threshold upwards. All
+        shoppers are scored anew every few minutes, and probabilities compared by the
+        whole percent; alerts are kept for 30 days.
 
         Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """

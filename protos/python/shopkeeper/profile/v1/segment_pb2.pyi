@@ -42,9 +42,21 @@ class Segment(_message.Message):
     description: _builtins.str
     """What the segment is for, at most 2,000 characters."""
     filter: _builtins.str
-    """A filter (AIP-160) over the fields of `UserPortrait`, at most 4,000
+    """A filter (after AIP-160) over the fields of `UserPortrait`, at most 4,000
     characters: `rfm.order_count >= 3 AND interests.brand:"Acme" > 0.2`. Fails
     with `INVALID_FILTER` and the position of the problem when it cannot be read.
+
+    - Numbers, compared by `<`, `<=`, `>`, `>=`, `=`, `!=`: `event_count`,
+      `rfm.recency_days`, `rfm.order_count`, `rfm.monetary_micros`,
+      `purchase_interval_days`, `satisfaction`, `purchasing_power.price_level`,
+      `churn_risk.no_purchase_probability`, `churn_risk.alive_probability`,
+      `churn_risk.lifetime_value_micros`. False where nothing is known.
+    - Texts, compared by `=` and `!=`: `life_cycle_stage` (such as `LOYAL`),
+      `rfm.currency_code` (such as `"EUR"`).
+    - Interests, by the greater weight of the two horizons:
+      `interests.category:"Tea > Green"`, `interests.brand:"Acme" >= 0.5`,
+      `interests.price_band:"5"`. Without a comparison: any weight above 0.
+    - `NOT`, `AND`, `OR` and parentheses, which are needed to mix AND with OR.
     """
     version: _builtins.int
     """Counts the changes of the filter, from 1. Earlier versions stay readable."""

@@ -141,7 +141,7 @@ class _ChurnSignalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChurnSign
     CHURN_SIGNAL_LOWER_SATISFACTION: _ChurnSignal.ValueType  # 5
     """Worse ratings or survey answers than usual; satisfaction in [0, 1]."""
     CHURN_SIGNAL_NARROWER_INTERESTS: _ChurnSignal.ValueType  # 6
-    """Buys in fewer categories than usual; categories."""
+    """Buys fewer kinds of items than usual; lines an order."""
     CHURN_SIGNAL_ABANDONED_CARTS: _ChurnSignal.ValueType  # 7
     """Carts left without an order; share of carts."""
 
@@ -161,7 +161,7 @@ CHURN_SIGNAL_MORE_RETURNS: ChurnSignal.ValueType  # 4
 CHURN_SIGNAL_LOWER_SATISFACTION: ChurnSignal.ValueType  # 5
 """Worse ratings or survey answers than usual; satisfaction in [0, 1]."""
 CHURN_SIGNAL_NARROWER_INTERESTS: ChurnSignal.ValueType  # 6
-"""Buys in fewer categories than usual; categories."""
+"""Buys fewer kinds of items than usual; lines an order."""
 CHURN_SIGNAL_ABANDONED_CARTS: ChurnSignal.ValueType  # 7
 """Carts left without an order; share of carts."""
 Global___ChurnSignal: _TypeAlias = ChurnSignal  # noqa: Y015
@@ -773,7 +773,9 @@ class ChurnRisk(_message.Message):
     """The days that the probability speaks of, counted from `as_of_time`."""
     lifetime_value_micros: _builtins.int
     """Expected margin over the next 365 days, in millionths of the unit of
-    `currency_code`, 0 or more (gamma-gamma).
+    `currency_code`, 0 or more (gamma-gamma, discounted by 10 % a year): the
+    expected revenue times the margin share that the service is told, 1 by
+    default.
     """
     currency_code: _builtins.str
     """The currency of the lifetime value, ISO 4217."""
