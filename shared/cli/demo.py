@@ -240,7 +240,8 @@ def _before_and_after(
         clicked_token = _click(clients, user, item_id)
         after = _ask(clients, user, clicked_token)
         _show_change(clients, user, item_id, before, after, label)
-        changed = [i.item_id for i in before.items] != [i.item_id for i in after.items]
+        # A click that confirms what the page shows may keep its order; the scores tell that it was heard.
+        changed = [(i.item_id, i.score) for i in before.items] != [(i.item_id, i.score) for i in after.items]
         verdict.expect(changed, f"a click on {item_id} changed nothing for {user}")
         missed = recommendation_pb2.Degradation.CAUSE_CONSISTENCY_NOT_REACHED
         verdict.expect(
@@ -277,9 +278,12 @@ def _something_else(
     before: recommend_service_pb2.RecommendResponse,
     number: int,
 ) -> str | None:
-    """Returns an item that is not on the shopper's page: a change of mind."""
+    """Returns an item that is not on the shopper's page, of another category where there is one: a change of mind."""
     shown = {item.item_id for item in before.items}
-    others = [item.item_id for item in popular.items if item.item_id not in shown]
+    categories = {tuple(item.item.category_path[:1]) for item in before.items}
+    unseen = [item for item in popular.items if item.item_id not in shown]
+    elsewhere = [item for item in unseen if tuple(item.item.category_path[:1]) not in categories]
+    others = [item.item_id for item in elsewhere or unseen]
     # Another one for each shopper, away from the very top.
     return others[(7 + 11 * number) % len(others)] if others else None
 
