@@ -387,10 +387,13 @@ class Metric(_message.Message):
     HIGH_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name: `hr@5`, `hr@10`, `hr@20`, `ndcg@10`, `mrr`, `recall@10`,
-    `precision@10`, `coverage@10`.
+    `precision@10`, `coverage@10`, `novelty@10`, `diversity@10`,
+    `popularity_bias@10`.
     """
     value: _builtins.float
-    """The value; means over people, in [0, 1]."""
+    """The value: a mean over people, in [0, 1] but for `novelty@10`, in bits,
+    and `popularity_bias@10`, which may be negative.
+    """
     low: _builtins.float
     """The lower end of the confidence interval; absent when not estimated."""
     high: _builtins.float
