@@ -219,7 +219,7 @@ def _unavailable(error: Exception) -> Unavailable:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return Unavailable(
         "DATABASE_UNAVAILABLE",
-        "The database cannot be reached now; retry. If it lasts, see `shopkeeper doctor`.",
+        "The database cannot be reached now; retry. If it lasts, check DATABASE_URL; `shopkeeper doctor` says more.",
         {"cause": first_line[:200]},
         retry_after_seconds=0.5,
     )

@@ -407,9 +407,11 @@ def forget(
 @reports_errors
 def metrics(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show online metrics of the last seven days, by serving config."""
-    with Clients(Installation.from_environment(home)) as clients:
+    installation = Installation.from_environment(home)
+    with Clients(installation) as clients:
         answer = recommendations.metrics_by_serving_config(clients)
-    recommendations.show_metrics(answer, as_json=as_json)
+    simulated = Path(simulation.scale_path(installation)).exists()
+    recommendations.show_metrics(answer, as_json=as_json, label=f"{simulation.LABEL}: " if simulated else "")
 
 
 @app.command(epilog=EXIT_CODES)

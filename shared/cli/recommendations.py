@@ -9,7 +9,7 @@ from shopkeeper.profile.v1 import item_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2, recommendation_pb2
 
 from shared.cli.clients import Clients
-from shared.cli.output import say, show_json, show_table
+from shared.cli.output import message_dict, say, show_json, show_table
 
 CALL_TIMEOUT_SECONDS = 10.0
 
@@ -95,9 +95,9 @@ def show_explanation(
 
 
 def show_metrics(metrics: metrics_pb2.Metrics, *, as_json: bool, label: str = "") -> None:
-    """Prints online metrics by serving config."""
+    """Prints online metrics by serving config, under a label such as "SIMULATION: "."""
     if as_json:
-        show_json(metrics)
+        show_json({**({"label": label.rstrip(": ")} if label else {}), **message_dict(metrics)})
         return
     rows = []
     for row in sorted(metrics.rows, key=lambda row: row.serving_config):

@@ -11,6 +11,7 @@ from shopkeeper.trainer.v1 import model_pb2, trainer_service_pb2, training_run_p
 from shared.cli.clients import Clients
 from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, say, show_json, show_table
 from shared.cli.progress import StepProgress
+from shared.cli.simulate import LABEL
 from shared.errors import Unavailable
 from shared.grpc_status import from_rpc_error
 
@@ -157,11 +158,11 @@ def _with_interval(metric: model_pb2.Metric | None) -> str:
     return f"{metric.value:.4f}{interval}"
 
 
-def show_evaluation(report: model_pb2.EvaluationReport, title: str, *, label: str = "") -> None:
+def show_evaluation(report: model_pb2.EvaluationReport, title: str) -> None:
     """Prints the ladder of the served model and its baselines."""
     confidence = f", {report.confidence:.0%} intervals" if report.confidence else ""
     show_table(
-        f"{label}{title}: offline, {report.user_count:,} people, {report.protocol}{confidence}",
+        f"{title}: offline, {report.user_count:,} people, {report.protocol}{confidence}",
         ("model", "#HR@10", "#NDCG@10"),
         evaluation_rows(report),
     )
@@ -189,8 +190,9 @@ def show_models(clients: Clients, model: str, *, as_json: bool) -> None:
                 version.create_time.ToJsonString()[:19].replace("T", " "),
             )
         )
+    simulated = any(v.evaluation.protocol.startswith(LABEL) for v in answer.model_versions)
     show_table(
-        "Model versions", ("version", "aliases", "gate", "#HR@10", "#NDCG@10", "#events", "made (UTC)"), rows,
+        f"{LABEL}: model versions" if simulated else "Model versions", ("version", "aliases", "gate", "#HR@10", "#NDCG@10", "#events", "made (UTC)"), rows,
         note="" if rows else "None yet: `shopkeeper train --watch` makes one.",
     )  # fmt: skip
     for damaged in answer.damaged_versions:

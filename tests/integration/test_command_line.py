@@ -117,6 +117,16 @@ def test_a_model_is_listed_with_its_gate_and_alias(trained: Terminal) -> None:
     assert "PASSED" in text
 
 
+def test_what_a_simulation_says_is_labelled_wherever_it_is_said(trained: Terminal) -> None:
+    (version,) = trained.json("models")["model_versions"]
+    assert version["evaluation"]["protocol"].startswith("SIMULATION")
+    assert "SIMULATION" in trained.run("models").stdout
+    assert "SIMULATION" in trained.run("metrics").stdout
+    assert trained.json("metrics")["label"] == "SIMULATION"
+    (card,) = trained.home.glob("registry/main/*/card.md")
+    assert "**SIMULATION" in card.read_text()
+
+
 def test_a_shopper_is_recommended_something_and_told_why(trained: Terminal) -> None:
     answer = trained.json("recommend", "shopper-00001", "-n", "3")
     assert [item["position"] for item in answer["items"]] == [1, 2, 3]

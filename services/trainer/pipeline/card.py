@@ -11,11 +11,12 @@ from services.trainer.pipeline.report import MEASURES, Calibration, Comparison, 
 
 CURVE, LADDER = "training_curve.png", "ladder.png"
 SLICES, RELIABILITY = "slices.png", "reliability.png"
+SIMULATION = "SIMULATION"
 _BEYOND = ("coverage@10", "novelty@10", "diversity@10", "popularity_bias@10")
 
 
 def draw_curve(
-    epochs: Sequence[int], losses: Sequence[float], ndcgs: Sequence[float], best_epoch: int
+    epochs: Sequence[int], losses: Sequence[float], ndcgs: Sequence[float], best_epoch: int, label: str = ""
 ) -> bytes:
     """Returns a PNG of loss and validation NDCG@10 by pass."""
     plt = _pyplot()
@@ -30,10 +31,10 @@ def draw_curve(
     right.set_ylim(bottom=0)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     right.legend(handles, [handle.get_label() for handle in handles], loc="center right")
-    return _png(figure)
+    return _png(figure, label)
 
 
-def draw_ladder(report: Report) -> bytes:
+def draw_ladder(report: Report, label: str = "") -> bytes:
     """Returns a PNG of NDCG@10 of each contestant with its interval."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(6, 3), dpi=110)
@@ -43,10 +44,10 @@ def draw_ladder(report: Report) -> bytes:
     colours = ["tab:blue" if rung.name == "blend" else "tab:grey" for rung in rungs]
     axes.barh([rung.name for rung in rungs], [v.value for v in values], xerr=errors, color=colours, capsize=3)
     axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
-    return _png(figure)
+    return _png(figure, label)
 
 
-def draw_slices(report: Report, comparison: Comparison | None = None) -> bytes:
+def draw_slices(report: Report, comparison: Comparison | None = None, label: str = "") -> bytes:
     """Returns a PNG of the blend's NDCG@10 by part of the people, beside the incumbent's where both were asked."""
     plt = _pyplot()
     parts = comparison.slices if comparison is not None and comparison.slices else report.slices
@@ -68,10 +69,10 @@ def draw_slices(report: Report, comparison: Comparison | None = None) -> bytes:
         axes.legend()
     axes.set_yticks(places, [f"{part.name} ({part.user_count:,})" for part in parts])
     axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
-    return _png(figure)
+    return _png(figure, label)
 
 
-def draw_reliability(calibration: Calibration) -> bytes:
+def draw_reliability(calibration: Calibration, label: str = "") -> bytes:
     """Returns a PNG of how often items were wanted against how probable the blend held that."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(4, 3.6), dpi=110)
@@ -82,7 +83,7 @@ def draw_reliability(calibration: Calibration) -> bytes:
     axes.set_ylabel("share wanted")
     axes.set_title(f"expected calibration error {calibration.error:.4f}", fontsize=9)
     axes.legend()
-    return _png(figure)
+    return _png(figure, label)
 
 
 def write_card(
@@ -94,11 +95,17 @@ def write_card(
     data: Mapping[str, Any],
     hyper_parameters: Mapping[str, Any],
     notes: Sequence[str],
+    label: str = "",
 ) -> str:
-    """Returns the card in Markdown."""
+    """Returns the card in Markdown; a label, such as SIMULATION, stands above everything."""
     lines = [
         f"# Model card: {model}",
         "",
+        *(
+            [f"**{label}: the shoppers are made up. The numbers say nothing about people.**", ""]
+            if label
+            else []
+        ),
         f"**Gate: {verdict.verdict}.** A causal Transformer over item histories, blended with directed "
         "co-occurrence. Input: pseudonymous histories of people who consented to training; no raw user id was read.",
         "",
@@ -197,7 +204,10 @@ def _pyplot() -> Any:
     return plt
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, label: str) -> bytes:
+    # A picture travels without its card: what is made up says so by itself.
+    if label:
+        figure.suptitle(label, color="tab:red", fontsize=9)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})

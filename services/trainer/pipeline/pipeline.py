@@ -336,7 +336,8 @@ def train_model(
     )
     query_BD = model.encode(histories, test)
     climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
-    protocol = f"{split.words}. Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
+    label = card.SIMULATION if _is_simulated(histories, attributes_of) else ""
+    protocol = f"{label + ': ' if label else ''}{split.words}. Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
     measured = report_of(
         histories, test, climb, contestants.item_vectors_ID,
         seed=seed, protocol=protocol, resamples=plan.resamples, confidence=plan.confidence,
@@ -401,14 +402,14 @@ def train_model(
     ]
     attachments = {
         card.CURVE: card.draw_curve(
-            [e.epoch for e in epochs], [e.loss for e in epochs], [e.validation_ndcg for e in epochs], best_epoch
+            [e.epoch for e in epochs], [e.loss for e in epochs], [e.validation_ndcg for e in epochs], best_epoch, label
         ),
-        card.LADDER: card.draw_ladder(measured),
-        card.SLICES: card.draw_slices(measured, comparison),
-        card.RELIABILITY: card.draw_reliability(measured.calibration),
+        card.LADDER: card.draw_ladder(measured, label),
+        card.SLICES: card.draw_slices(measured, comparison, label),
+        card.RELIABILITY: card.draw_reliability(measured.calibration, label),
         "card.md": card.write_card(
             model=model_name, report=measured, verdict=verdict, comparison=comparison, data=_for_card(data),
-            hyper_parameters=size.to_json(), notes=notes,
+            hyper_parameters=size.to_json(), notes=notes, label=label,
         ).encode(),
     }  # fmt: skip
     manifest_fields = {
@@ -561,6 +562,11 @@ def _refit(
         on_pass(made, loss)
     budget.pause()
     return made
+
+
+def _is_simulated(histories: Histories, attributes_of: Mapping[str, Sequence[str]]) -> bool:
+    """Returns whether any item comes from the simulated shop, which marks each with the attribute `simulated`."""
+    return any("simulated=True" in attributes_of.get(item_id, ()) for item_id in histories.item_ids)
 
 
 def _last_seen(histories: Histories) -> npt.NDArray[np.int64]:
