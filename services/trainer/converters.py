@@ -346,7 +346,10 @@ def version_to_proto(version: ModelVersion) -> model_pb2.ModelVersion:
             ],
             slices=[
                 model_pb2.Slice(
-                    name=part["name"], user_count=part["users"], metrics=_metrics(part["metrics"])
+                    name=part["name"],
+                    user_count=part["users"],
+                    metrics=_metrics(part["metrics"]),
+                    incumbent_metrics=_metrics(part.get("incumbent_metrics", {})),
                 )
                 for part in manifest.get("slices", [])
             ],

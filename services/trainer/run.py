@@ -12,11 +12,13 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime
 from importlib import metadata
 from typing import Any
 
 import psycopg
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.trainer.clients import CatalogueClient
 from services.trainer.domain.hyper_parameters import HyperParameters, resolve
@@ -26,10 +28,10 @@ from services.trainer.pipeline.log_reader import read_events
 from services.trainer.pipeline.pipeline import Plan, TrainedModel, peak_resident_bytes, train_model
 from services.trainer.settings import TrainerSettings
 from services.trainer.storage import PostgresRunStore, PublishingLease
-from shared.bundle import Registry, write_bundle
+from shared.bundle import Bundle, Registry, load_bundle, write_bundle
 from shared.bundle.history import INTEREST_KINDS
 from shared.database import Database
-from shared.errors import Aborted, Cancelled, ShopkeeperError, Unavailable
+from shared.errors import Aborted, Cancelled, DataLoss, ShopkeeperError, Unavailable
 from shared.keys import read_signing_key
 from shared.settings import load_settings
 from shared.telemetry import Telemetry
@@ -141,6 +143,8 @@ def execute(
             catalogue.close()
         known = f"{len(attributes):,} items in the catalogue" if not why_none else f"no catalogue: {why_none}"
         report("READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}.")
+        registry = Registry(settings.registry_path)
+        served, incumbent = version_in_service(registry, run, signing_key.public_key(), report)
         trained = train_model(
             events,
             attributes,
@@ -151,11 +155,11 @@ def execute(
             report=report,
             should_stop=heart.should_stop,
             code_version=code_version(),
+            incumbent=incumbent,
         )
         report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
-        registry = Registry(settings.registry_path)
         version = lease.publish(
-            run.run_id, run.attempt, lambda: _publish(registry, run, trained, signing_key, logger)
+            run.run_id, run.attempt, lambda: _publish(registry, run, trained, served, signing_key, logger)
         )
         if version is None:
             raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
@@ -192,9 +196,26 @@ def _read(database: Database, config: TrainingConfig) -> EventColumns:
         ) from error
 
 
+def version_in_service(
+    registry: Registry, run: TrainingRun, public_key: Ed25519PublicKey, report: Callable[..., None]
+) -> tuple[str, Bundle | None]:
+    """Returns where the alias points that the run would change (empty: nowhere), and what the new one must beat.
+
+    A version that no longer loads is no reason to keep its successor back.
+    """
+    alias = registry.alias(run.model, run.config.promote_alias)
+    if alias is None:
+        return "", None
+    try:
+        return alias.version, load_bundle(registry.version_path(run.model, alias.version), public_key)
+    except DataLoss as error:
+        report("READING", f"The version in service is not compared with: {error.message}")
+        return alias.version, None
+
+
 def _publish(
-    registry: Registry, run: TrainingRun, trained: TrainedModel, signing_key: Any, logger: Any
-) -> tuple[str, dict[str, Any], bool]:
+    registry: Registry, run: TrainingRun, trained: TrainedModel, served: str, signing_key: Any, logger: Any
+) -> tuple[str, dict[str, Any], str | None]:
     version = write_bundle(
         registry,
         run.model,
@@ -205,18 +226,31 @@ def _publish(
         attachments=trained.attachments,
         signing_key=signing_key,
     )
-    promoted = False
-    if trained.verdict.may_serve and run.config.promote:
-        cause = "GATE_PASSED" if trained.verdict.verdict == "PASSED" else "FORCED"
-        try:
-            registry.set_alias(
-                run.model, run.config.promote_alias, version, reason=cause, comment=f"run {run.run_id}"
-            )
-            promoted = True
-        except OSError as error:
-            # The version stands; an operator can promote it when the disk is mended.
-            logger.error("alias not changed", alias=run.config.promote_alias, error=str(error))
-    return version, trained.manifest_fields["gate"], promoted
+    return version, trained.manifest_fields["gate"], _promote(registry, run, trained, version, served, logger)
+
+
+def _promote(
+    registry: Registry, run: TrainingRun, trained: TrainedModel, version: str, served: str, logger: Any
+) -> str | None:
+    """Points the alias where the gate and the run allow it; returns why not, or None where it did."""
+    if not run.config.promote:
+        return "the run was told not to promote"
+    if not trained.verdict.may_serve:
+        return "the gate failed it"
+    cause = "GATE_PASSED" if trained.verdict.verdict == "PASSED" else "FORCED"
+    try:
+        # The verdict is about the version that served when the run began, and holds for no other.
+        registry.set_alias(
+            run.model, run.config.promote_alias, version, reason=cause, comment=f"run {run.run_id}",
+            expected_current=served,
+        )  # fmt: skip
+    except Aborted as error:
+        return f"another version was promoted during the run. {error.message}"
+    except OSError as error:
+        # The version stands; an operator can promote it when the disk is mended.
+        logger.error("alias not changed", alias=run.config.promote_alias, error=str(error))
+        return f"the alias could not be written ({error.strerror})"
+    return None
 
 
 def failure_of(error: BaseException) -> RunFailure:

@@ -318,7 +318,7 @@ class PublishingLease:
 
         Args:
             write: called with no arguments while the run's row is locked; makes the version visible and
-                returns (version, gate as in the manifest, whether it was promoted).
+                returns (version, gate as in the manifest, why it was not promoted or None).
 
         Returns:
             The version, or None where the run is no longer this process's: nothing was written.
@@ -330,11 +330,10 @@ class PublishingLease:
             ).fetchone()
             if row is None or row[0] != RunState.RUNNING:
                 return None
-            version, gate, promoted = write()
+            version, gate, why_not = write()
+            promoted = why_not is None
             # In the same transaction: whoever sees the run ended sees its last entry.
-            message = (
-                f"Version {version} is published{', and serves' if promoted else ', and does not serve'}."
-            )
+            message = f"Version {version} is published, and {'serves' if promoted else f'does not serve: {why_not}'}."
             _append_progress(self._connection, run_id, "PUBLISHING", message, {"remaining_seconds": 0.0})
             self._connection.execute(
                 "UPDATE training_runs SET state = 'SUCCEEDED', version = %s, gate = %s, promoted = %s, "

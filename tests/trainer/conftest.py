@@ -54,18 +54,19 @@ def columns_of(histories: list[list[int]], kind: int = VIEW) -> EventColumns:
 
 
 @pytest.fixture
-def record(migrate_services: Callable[..., str], database_url: str) -> Callable[[list[list[int]]], None]:
-    """Returns a function that writes histories into feedback's log, as views of `item-<n>`."""
+def record(migrate_services: Callable[..., str], database_url: str) -> Callable[..., None]:
+    """Returns a function that writes histories into feedback's log, as views of `item-<n>`, a minute apart."""
     migrate_services("feedback", "trainer")
 
-    def write(histories: list[list[int]]) -> None:
-        start = datetime(2026, 1, 1, tzinfo=UTC)
+    def write(
+        histories: list[list[int]], start: datetime = datetime(2026, 1, 1, tzinfo=UTC), first_user: int = 0
+    ) -> None:
         with psycopg.connect(database_url) as connection, connection.cursor() as cursor:
             with cursor.copy(
                 "COPY feedback.events (event_key, payload_digest, occurred_at, kind, device, channel, consent, "
                 "user_key, item_id) FROM STDIN"
             ) as copy:
-                for user, history in enumerate(histories):
+                for user, history in enumerate(histories, first_user):
                     user_key = hashlib.sha256(str(user).encode()).digest()[:16]
                     for place, item in enumerate(history):
                         copy.write_row(

@@ -165,6 +165,57 @@ def republish(registry: Registry, bundle: Bundle, keys_dir: Path, verdict: str) 
     )
 
 
+def test_a_new_version_must_beat_the_one_in_service_on_events_that_are_newer_than_it(
+    record, start_trainer, tmp_path: Path
+) -> None:
+    record(walk(users=200, items=40))
+    _, stub = start_trainer()
+
+    def train(**fields: object) -> training_run_pb2.TrainingRun:
+        config = training_run_pb2.TrainingConfig()
+        config.CopyFrom(TINY)
+        config.MergeFrom(training_run_pb2.TrainingConfig(**fields))  # type: ignore[arg-type]
+        run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=config))
+        *_, last = stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run.run_id), timeout=150)
+        assert last.training_run.state == State.STATE_SUCCEEDED, last.training_run.failure
+        return last.training_run
+
+    def check_of(run: training_run_pb2.TrainingRun, name: str) -> model_pb2.GateCheck:
+        return next(check for check in run.gate.checks if check.name == name)
+
+    first = train()
+    assert first.promoted
+    # Nothing new: it cannot be better.
+    same = train(seed=1)
+    assert same.gate.verdict == model_pb2.Gate.VERDICT_FAILED
+    assert not same.promoted
+    assert first.version in check_of(same, "beats_incumbent").reason
+    assert "too few held-out events" in check_of(same, "beats_incumbent").reason
+    # Fashion turns round: what followed an item now goes before it.
+    later = [list(reversed(history)) for history in walk(users=300, items=40, seed=9)]
+    record(later, start=datetime(2026, 2, 1, tzinfo=UTC), first_user=1000)
+    new = train()
+    beaten = check_of(new, "beats_incumbent")
+    assert beaten.passed, beaten.reason
+    assert "people whose events are newer than it" in beaten.reason
+    assert check_of(new, "slice_no_worse").passed
+    assert new.promoted
+    parts = stub.GetModelVersion(pb.GetModelVersionRequest(version=new.version)).evaluation.slices
+    assert any(part.incumbent_metrics for part in parts)
+    # Told to, a run puts into service what the gate failed, and says so for good.
+    forced = train(seed=2, force=True)
+    assert forced.gate.verdict == model_pb2.Gate.VERDICT_FORCED
+    assert forced.promoted
+    assert not check_of(forced, "beats_incumbent").passed
+    history = stub.GetModel(pb.GetModelRequest()).aliases[0].history
+    causes = model_pb2.AliasChange
+    assert [change.cause for change in history] == [
+        causes.CAUSE_FORCED,
+        causes.CAUSE_GATE_PASSED,
+        causes.CAUSE_GATE_PASSED,
+    ]
+
+
 def test_too_little_data_fails_with_the_numbers_and_leaves_nothing(
     record, start_trainer, tmp_path: Path
 ) -> None:

@@ -178,6 +178,8 @@ def write_card(
 def _versus(comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return ["", "No version was in service to compare with."]
+    if comparison.why_none:
+        return ["", f"Not compared with the version in service, {comparison.version}: {comparison.why_none}."]
     lead = comparison.lead
     how = (
         f"on {comparison.user_count:,} people whose held-out event is newer than anything it was trained on"

@@ -95,6 +95,11 @@ def judge(
 def _against_incumbent(comparison: Comparison | None) -> list[Check]:
     if comparison is None:
         return []
+    if comparison.why_none:
+        finding = (
+            f"the version in service, {comparison.version}, cannot be compared with: {comparison.why_none}"
+        )
+        return [Check("beats_incumbent", False, finding)]
     lead = comparison.lead
     how = (
         f"on {comparison.user_count} people whose events are newer than it"

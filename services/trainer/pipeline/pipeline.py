@@ -51,7 +51,12 @@ from services.trainer.pipeline.evaluation import (
     sample_rows,
 )
 from services.trainer.pipeline.gate import Verdict, judge
-from services.trainer.pipeline.published import contestants_of, encode_published, newer_than
+from services.trainer.pipeline.published import (
+    contestants_of,
+    encode_published,
+    newer_than,
+    published_ndcg,
+)
 from services.trainer.pipeline.report import Comparison, Report, compare, compare_published, report_of
 from shared.bundle import Bundle
 from shared.bundle.manifest import ScoringParameters
@@ -67,6 +72,7 @@ _COMPARED_USERS = 3_000
 _COMPANION_WINDOW = 24
 _SECONDS_BETWEEN_STEPS = 5.0
 _EXPORT_SECONDS = 6.0
+_NO_LEAD = Interval(0.0, 0.0, 0.0)
 
 Reporter = Callable[..., None]
 
@@ -423,7 +429,7 @@ def train_model(
             "popularity_weight": mu,
         },
         "data": data,
-        **describe_report(measured, exclude, comparison),
+        **describe_report(measured, exclude, comparison, plan.split),
         "gate": {
             "verdict": verdict.verdict,
             "reasons": [f"{c.name}: {c.reason}" for c in verdict.checks if not c.passed],
@@ -488,8 +494,9 @@ def _compare(
     fresh = newer_than(incumbent, histories, test)
     fresh = fresh[sample_rows(len(fresh), _COMPARED_USERS, seed)]
     if len(fresh) < MIN_USERS:
-        old = incumbent.manifest["metrics"]["ndcg@10"]
-        old_interval = Interval(float(old["value"]), float(old["low"]), float(old["high"]))
+        old_interval, why_none = published_ndcg(incumbent, plan.split, plan.exclude_seen)
+        if old_interval is None:
+            return Comparison(incumbent.version, _NO_LEAD, len(test), False, why_none=why_none)
         return compare_published(incumbent.version, measures["ndcg@10"], old_interval, len(test))
     asked = test.take(fresh)
     served = contestants_of(incumbent, histories, contestants.popularity_I, contestants.popularity_decayed_I)
@@ -502,7 +509,10 @@ def _compare(
 
 
 def describe_report(
-    measured: Report, exclude_seen: bool, comparison: Comparison | None = None
+    measured: Report,
+    exclude_seen: bool,
+    comparison: Comparison | None = None,
+    split: str = "leave_one_out",
 ) -> dict[str, Any]:
     """Returns the measures as the manifest holds them."""
     blend = measured.ladder[0]
@@ -531,6 +541,7 @@ def describe_report(
             "confidence": measured.confidence,
             "tied_share": measured.tied_share,
             "exclude_seen": exclude_seen,
+            "split": split,
         },
     }
 

@@ -13,6 +13,7 @@ from services.trainer.pipeline.evaluation import Contestants
 from shared.bundle import Bundle
 from shared.bundle.history import History, encoder_inputs, mark_clean_events
 from shared.bundle.scoring import CooccurrenceMatrix
+from shared.ranking_metrics import Interval
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -85,3 +86,19 @@ def newer_than(bundle: Bundle, histories: Histories, held_out: HeldOut) -> Int64
     last = datetime.fromisoformat(bundle.manifest["data"]["last_event_at"])
     time_B = histories.time_E[histories.start_U1[held_out.user_B] + held_out.prefix_B]
     return np.flatnonzero(time_B > round(last.timestamp() * 1e6))
+
+
+def published_ndcg(bundle: Bundle, split: str, exclude_seen: bool) -> tuple[Interval | None, str]:
+    """Returns the NDCG@10 that a version was measured at under this protocol, or None and why there is none."""
+    evaluation = bundle.manifest.get("evaluation", {})
+    measured = (evaluation.get("split", "leave_one_out"), evaluation.get("exclude_seen", True))
+    if measured != (split, exclude_seen):
+        return None, (
+            "too few held-out events are newer than it, and it was measured under another protocol "
+            f"({measured[0]}, items seen before {'excluded' if measured[1] else 'included'})"
+        )
+    try:
+        entry = bundle.manifest["metrics"]["ndcg@10"]
+        return Interval(float(entry["value"]), float(entry["low"]), float(entry["high"])), ""
+    except (KeyError, TypeError, ValueError):
+        return None, "too few held-out events are newer than it, and its manifest has no NDCG@10"

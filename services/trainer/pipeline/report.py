@@ -56,6 +56,7 @@ class Comparison:
         user_count: people on whom both were measured.
         same_people: whether the difference is paired; else it is between published measures.
         slices: paired, by part of the people.
+        why_none: why the two cannot be compared at all; empty where they can.
     """
 
     version: str
@@ -63,6 +64,7 @@ class Comparison:
     user_count: int
     same_people: bool
     slices: tuple[SliceReport, ...] = ()
+    why_none: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,233 @@
+"""The version in service as a contestant, and what the gate makes of it. No TensorFlow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.trainer.pipeline.dataset import Cleaning, clean, leave_one_out
+from services.trainer.pipeline.evaluation import popularity, rank_by_blend
+from services.trainer.pipeline.gate import SLICE_TOLERANCE, judge
+from services.trainer.pipeline.published import (
+    contestants_of,
+    encode_published,
+    newer_than,
+    published_ndcg,
+)
+from services.trainer.pipeline.report import (
+    Calibration,
+    Comparison,
+    Report,
+    SliceReport,
+    compare,
+    compare_published,
+)
+from shared.bundle import Bundle, Registry, ScoringParameters, load_bundle, write_bundle
+from shared.bundle.history import history_from_events
+from shared.bundle.scoring import naive_blended_scores
+from shared.bundle.sum_encoder import build_sum_encoder
+from shared.keys import read_signing_key, read_verifying_key
+from shared.ranking_metrics import Interval
+from tests.trainer.conftest import columns_of, walk
+
+ITEMS, L, D = 12, 4, 6
+
+
+@pytest.fixture
+def incumbent(tmp_path: Path, keys_dir: Path) -> Bundle:
+    """A version that knows ten of the twelve items, in an order of its own, and one that the log has lost."""
+    generator = np.random.default_rng(5)
+    known = [f"item-{n}" for n in (7, 3, 0, 9, 1, 2, 8, 4, 6, 5)] + ["item-gone"]
+    dense = generator.random((11, 11)) * (generator.random((11, 11)) < 0.4)
+    rows, columns = np.nonzero(dense)
+    registry = Registry(tmp_path / "registry")
+    version = write_bundle(
+        registry,
+        "main",
+        arrays={
+            "item_vectors": generator.normal(size=(11, D)).astype(np.float32),
+            "item_bias": generator.normal(size=11).astype(np.float32),
+            "popularity": np.ones(11, np.float32),
+            "cooccurrence_indptr": np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=11))]),
+            "cooccurrence_indices": columns.astype(np.int32),
+            "cooccurrence_weights": dense[rows, columns].astype(np.float32),
+        },
+        vocabulary=known,
+        encoder_bytes=build_sum_encoder(L, D),
+        manifest_fields={
+            "encoder": {"max_history": L, "dimension": D},
+            "scoring": ScoringParameters(0.7, window=5).to_json(),
+            "data": {"last_event_at": datetime.fromtimestamp(5 * 60, UTC).isoformat()},
+            "metrics": {"ndcg@10": {"value": 0.3, "low": 0.25, "high": 0.35}},
+            "evaluation": {"exclude_seen": True, "split": "leave_one_out"},
+        },
+        attachments={},
+        signing_key=read_signing_key(keys_dir),
+    )
+    return load_bundle(registry.version_path("main", version), read_verifying_key(keys_dir))
+
+
+def test_the_version_in_service_ranks_todays_items_as_it_serves_them(incumbent: Bundle) -> None:
+    histories = clean(columns_of(walk(users=60, items=ITEMS, seed=3)), Cleaning())
+    test = leave_one_out(histories, exclude_seen=True).test
+    count_I = popularity(histories)
+    served = contestants_of(incumbent, histories, count_I, count_I)
+    query_BD = encode_published(incumbent, histories, test, lambda: None)
+    rank_B = rank_by_blend(histories, test, query_BD, served, exclude_seen=True)
+
+    for row in range(len(test)):
+        items, kinds = test.prefix(histories, row)
+        history = history_from_events([histories.item_ids[i] for i in items], list(kinds), incumbent.index_of)
+        query_D = (
+            incumbent.item_vectors[history.indices_H[-L:]].sum(axis=0)
+            if len(history.indices_H)
+            else np.zeros(D)
+        )
+        score_J = naive_blended_scores(
+            incumbent.item_vectors,
+            incumbent.item_bias,
+            incumbent.cooccurrence,
+            query_D,
+            history.indices_H,
+            incumbent.scoring,
+        )
+        score_of = dict(zip(incumbent.item_ids, score_J, strict=True))
+        wanted = histories.item_ids[test.target_B[row]]
+        candidates = set(histories.item_ids) - {histories.item_ids[i] for i in items}
+        if wanted not in score_of:
+            # Nothing that it does not know comes before what it knows.
+            assert rank_B[row] > len(candidates & set(score_of))
+            continue
+        better = sum(score_of[i] > score_of[wanted] for i in candidates if i in score_of)
+        assert rank_B[row] == 1 + better
+
+
+def test_only_events_after_the_incumbents_last_are_a_fair_question_to_it(incumbent: Bundle) -> None:
+    # Events are a minute apart and everybody begins at 0: the incumbent has seen the first six of each.
+    histories = clean(columns_of(walk(users=60, items=ITEMS, seed=3)), Cleaning())
+    test = leave_one_out(histories, exclude_seen=False).test
+    fresh = newer_than(incumbent, histories, test)
+    assert 0 < len(fresh) < len(test)
+    assert set(fresh.tolist()) == {row for row in range(len(test)) if test.prefix_B[row] > 5}
+
+
+def test_the_comparison_is_paired_and_its_slices_are_those_of_the_same_people() -> None:
+    histories = clean(columns_of(walk(users=400, items=ITEMS, seed=4, longest=30)), Cleaning())
+    test = leave_one_out(histories, exclude_seen=False).test
+    generator = np.random.default_rng(0)
+    old_B = generator.integers(1, ITEMS, len(test))
+    # Always one place better, as far as there is one: a small difference that only pairing can see.
+    new_B = np.maximum(old_B - 1, 1)
+    found = compare(
+        histories, test, new_B, old_B, "old", seed=0, resamples=400, confidence=0.95, min_slice=20
+    )
+
+    def gain(rank_B: np.ndarray) -> np.ndarray:
+        return np.where(rank_B <= 10, 1 / np.log2(rank_B + 1), 0)
+
+    difference_B = gain(new_B) - gain(old_B)
+    assert found.lead.value == pytest.approx(difference_B.mean())
+    standard_error = difference_B.std(ddof=1) / np.sqrt(len(test))
+    assert found.lead.low == pytest.approx(
+        difference_B.mean() - 1.96 * standard_error, abs=0.5 * standard_error
+    )
+    assert found.lead.low > 0
+    unpaired = compare_published(
+        "old", Interval(gain(new_B).mean(), gain(new_B).mean() - 0.03, gain(new_B).mean() + 0.03),
+        Interval(gain(old_B).mean(), gain(old_B).mean() - 0.04, gain(old_B).mean() + 0.04), len(test),
+    )  # fmt: skip
+    assert unpaired.lead.value - unpaired.lead.low == pytest.approx(0.05)
+    short = next(part for part in found.slices if part.name.endswith("at most 5 events"))
+    rows = test.prefix_B <= 5
+    assert short.user_count == rows.sum()
+    assert short.lead_over_incumbent is not None
+    assert short.lead_over_incumbent.value == pytest.approx(difference_B[rows].mean())
+    assert short.incumbent_metrics is not None
+    assert short.incumbent_metrics["ndcg@10"].value == pytest.approx(gain(old_B[rows]).mean())
+
+
+def test_measures_under_another_protocol_are_not_compared(incumbent: Bundle) -> None:
+    same, _ = published_ndcg(incumbent, "leave_one_out", True)
+    assert same == Interval(0.3, 0.25, 0.35)
+    for split, exclude_seen in (("global_time", True), ("leave_one_out", False)):
+        none, why = published_ndcg(incumbent, split, exclude_seen)
+        assert none is None
+        assert "another protocol" in why
+
+
+GOOD = Report(
+    ladder=(),
+    slices=(),
+    lead_over_popularity=Interval(0.1, 0.05, 0.15),
+    calibration=Calibration((), (), 0.0),
+    user_count=500,
+    protocol="",
+    confidence=0.95,
+    tied_share=0.0,
+)
+
+
+def verdict_of(comparison: Comparison | None, force: bool = False, **changes: object):
+    arguments: dict[str, object] = {
+        "weights_finite": True,
+        "parity": 1e-6,
+        "encoder_milliseconds": 0.2,
+        "size_bytes": 10,
+        "max_size_bytes": 100,
+        "force": force,
+        "comparison": comparison,
+        **changes,
+    }
+    return judge(GOOD, **arguments)  # type: ignore[arg-type]
+
+
+def failed(comparison: Comparison | None, **changes: object) -> set[str]:
+    verdict = verdict_of(comparison, **changes)
+    assert (verdict.verdict == "PASSED") == all(check.passed for check in verdict.checks)
+    return {check.name for check in verdict.checks if not check.passed}
+
+
+def test_the_gate_wants_the_whole_interval_above_the_version_in_service() -> None:
+    better = Comparison("v1", Interval(0.02, 0.001, 0.04), 300, True)
+    assert failed(None) == set()
+    assert failed(better) == set()
+    assert failed(replace(better, lead=Interval(0.02, -0.001, 0.04))) == {"beats_incumbent"}
+    assert failed(replace(better, why_none="it was measured under another protocol")) == {"beats_incumbent"}
+    beaten = verdict_of(replace(better, lead=Interval(0.02, -0.001, 0.04)), force=True)
+    assert beaten.verdict == "FORCED"
+    assert beaten.may_serve
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"weights_finite": False}, "finite_weights"),
+        ({"parity": 1.1e-5}, "parity"),
+        ({"parity": float("nan")}, "parity"),
+        ({"encoder_milliseconds": 26.0}, "latency"),
+        ({"size_bytes": 101}, "size"),
+    ],
+)
+def test_each_limit_fails_by_its_name(change: dict[str, object], name: str) -> None:
+    assert failed(None, **change) == {name}
+
+
+def test_a_slice_may_lose_its_tolerance_or_what_chance_explains_and_no_more() -> None:
+    old = {"ndcg@10": Interval(0.5, 0.45, 0.55)}
+    allowed = SLICE_TOLERANCE * 0.5
+
+    def with_slice(lead: Interval) -> Comparison:
+        part = SliceReport("history of at most 5 events", 80, old, old, lead)
+        return Comparison("v1", Interval(0.02, 0.001, 0.04), 300, True, (part,))
+
+    assert failed(with_slice(Interval(-2 * allowed, -3 * allowed, -0.5 * allowed))) == {"slice_no_worse"}
+    assert failed(with_slice(Interval(-0.9 * allowed, -1.2 * allowed, -0.1 * allowed))) == set()
+    # Few people: so much may be chance.
+    assert failed(with_slice(Interval(-2 * allowed, -5 * allowed, allowed))) == set()
+    finding = verdict_of(with_slice(Interval(-2 * allowed, -3 * allowed, -0.5 * allowed))).checks[-1].reason
+    assert "history of at most 5 events" in finding
+    assert "-0.1000" in finding
