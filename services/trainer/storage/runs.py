@@ -1,4 +1,4 @@
-"""Runs in Postgres, versions in the registry directory."""
+"""Runs and their journals in the schema `trainer`."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from datetime import datetime
 from typing import Any
 
 import psycopg
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from services.trainer.domain.runs import (
-    Alias,
-    AliasChange,
-    Model,
-    ModelVersion,
-    Progress,
-    RunFailure,
-    RunState,
-    TrainingConfig,
-    TrainingRun,
-)
-from shared.bundle import AliasState, Registry, load_bundle
-from shared.bundle.manifest import CARD
+from services.trainer.domain.runs import Progress, RunFailure, RunState, TrainingConfig, TrainingRun
 from shared.database import Database, trusted_sql
 from shared.errors import AlreadyExists, ResourceExhausted
 
@@ -230,7 +217,7 @@ class PostgresRunStore:
     def append_progress(self, run_id: str, stage: str, message: str, **fields: Any) -> int:
         """Adds an entry to a run's journal and sets the run's stage; returns its number."""
         with self._database.connect() as connection:
-            return _append_progress(connection, run_id, stage, message, fields)
+            return append_progress_entry(connection, run_id, stage, message, fields)
 
     @staticmethod
     def _known_request(connection: psycopg.Connection[Any], request_id: str) -> tuple[str, bytes] | None:
@@ -243,7 +230,7 @@ class PostgresRunStore:
             return [_run(row) for row in cursor.execute(trusted_sql(text), arguments).fetchall()]
 
 
-def _append_progress(
+def append_progress_entry(
     connection: psycopg.Connection[Any], run_id: str, stage: str, message: str, fields: Mapping[str, Any]
 ) -> int:
     # The row lock orders writers, so that numbers have no gaps.
@@ -293,131 +280,3 @@ def _run(row: Mapping[str, Any]) -> TrainingRun:
 
 def _progress(row: Mapping[str, Any], prefix: str) -> Progress:
     return Progress(**{name: row[prefix + name] for name in Progress.__dataclass_fields__})
-
-
-class PublishingLease:
-    """A model's lease: who holds it may publish. Ends with its connection, whatever happens to the process.
-
-    The lease is an advisory lock of a session of its own. It keeps two trainers apart; what keeps a stale
-    one from publishing is the run's row, which is locked and checked in the transaction that publishes.
-    """
-
-    def __init__(self, database: Database, model: str) -> None:
-        self._connection = database.dedicated_connection(autocommit=True)
-        self._key = int.from_bytes(
-            hashlib.sha256(f"trainer:{model}".encode()).digest()[:8], "big", signed=True
-        )
-
-    def try_acquire(self) -> bool:
-        """Takes the lease; returns False where another session holds it."""
-        row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self._key,)).fetchone()
-        return bool(row and row[0])
-
-    def publish(self, run_id: str, attempt: int, write: Any) -> str | None:
-        """Publishes while the run is known to be running, and marks it as succeeded in the same breath.
-
-        Args:
-            write: called with no arguments while the run's row is locked; makes the version visible and
-                returns (version, gate as in the manifest, why it was not promoted or None).
-
-        Returns:
-            The version, or None where the run is no longer this process's: nothing was written.
-        """
-        with self._connection.transaction():
-            row = self._connection.execute(
-                "SELECT state FROM training_runs WHERE run_id = %s AND attempt = %s FOR UPDATE",
-                (run_id, attempt),
-            ).fetchone()
-            if row is None or row[0] != RunState.RUNNING:
-                return None
-            version, gate, why_not = write()
-            promoted = why_not is None
-            # In the same transaction: whoever sees the run ended sees its last entry.
-            message = f"Version {version} is published, and {'serves' if promoted else f'does not serve: {why_not}'}."
-            _append_progress(self._connection, run_id, "PUBLISHING", message, {"remaining_seconds": 0.0})
-            self._connection.execute(
-                "UPDATE training_runs SET state = 'SUCCEEDED', version = %s, gate = %s, promoted = %s, "
-                "ended_at = clock_timestamp() WHERE run_id = %s",
-                (version, Jsonb(gate), promoted, run_id),
-            )
-        return str(version)
-
-    def close(self) -> None:
-        """Gives the lease up."""
-        self._connection.close()
-
-
-class DirectoryRegistry:
-    """The registry directory; implements `ports.ModelRegistry`."""
-
-    def __init__(self, registry: Registry, public_key: Ed25519PublicKey) -> None:
-        self._registry, self._public_key = registry, public_key
-
-    def list_models(self) -> Sequence[str]:
-        """See `ports.ModelRegistry`."""
-        return self._registry.list_models()
-
-    def model(self, name: str) -> Model | None:
-        """See `ports.ModelRegistry`."""
-        versions = self._registry.list_versions(name)
-        aliases = self.aliases(name)
-        if not versions and not aliases:
-            return None
-        return Model(name, tuple(aliases), versions[0] if versions else "", len(versions))
-
-    def list_versions(self, model: str) -> Sequence[str]:
-        """See `ports.ModelRegistry`."""
-        return self._registry.list_versions(model)
-
-    def version(self, model: str, version: str, *, with_card: bool = False) -> ModelVersion:
-        """See `ports.ModelRegistry`."""
-        manifest = self._registry.read_manifest(model, version, self._public_key)
-        card = ""
-        if with_card:
-            path = self._registry.version_path(model, version) / CARD
-            card = path.read_text() if path.exists() else ""
-        pointing = tuple(alias.alias for alias in self.aliases(model) if alias.version == version)
-        return ModelVersion(model, version, manifest, pointing, card)
-
-    def verify(self, model: str, version: str) -> None:
-        """See `ports.ModelRegistry`."""
-        load_bundle(self._registry.version_path(model, version), self._public_key)
-
-    def alias(self, model: str, alias: str) -> Alias | None:
-        """See `ports.ModelRegistry`."""
-        state = self._registry.alias(model, alias)
-        return _alias(state) if state else None
-
-    def aliases(self, model: str) -> Sequence[Alias]:
-        """See `ports.ModelRegistry`."""
-        return [_alias(state) for state in self._registry.aliases(model)]
-
-    def point(
-        self, model: str, alias: str, version: str, *, cause: str, comment: str, expected: str | None
-    ) -> Alias:
-        """See `ports.ModelRegistry`."""
-        return _alias(
-            self._registry.set_alias(
-                model, alias, version, reason=cause, comment=comment, expected_current=expected
-            )
-        )
-
-    def point_back(self, model: str, alias: str, *, comment: str, expected: str | None) -> Alias:
-        """See `ports.ModelRegistry`."""
-        return _alias(
-            self._registry.roll_back_alias(model, alias, comment=comment, expected_current=expected)
-        )
-
-
-def _alias(state: AliasState) -> Alias:
-    return Alias(
-        alias=state.alias,
-        version=state.version,
-        previous=state.previous,
-        changed_at=state.changed_at,
-        cause=state.reason,
-        history=tuple(
-            AliasChange(change.version, change.previous, change.changed_at, change.reason, change.comment)
-            for change in state.history
-        ),
-    )

@@ -1,129 +1,13 @@
-"""What the trainer's callers can do. Pure: the world is behind ports."""
+"""Versions and aliases: read, promote, roll back, watch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Generic, TypeVar
 
-from services.trainer.domain.hyper_parameters import resolve
-from services.trainer.domain.runs import (
-    Alias,
-    Model,
-    ModelVersion,
-    Progress,
-    RunState,
-    TrainingConfig,
-    TrainingRun,
-)
-from services.trainer.ports import ModelRegistry, RunStarter, RunStore
-from shared.errors import (
-    Aborted,
-    DataLoss,
-    FailedPrecondition,
-    FieldViolation,
-    InvalidInput,
-    NotFound,
-)
-
-T = TypeVar("T")
-_JOURNAL_PAGE = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """A page of a list, and whether more follows."""
-
-    items: Sequence[T]
-    has_more: bool
-
-
-class TrainingRuns:
-    """Runs: create, read, watch, cancel.
-
-    Args:
-        wait: sleeps for about so many seconds, or until something may have changed.
-        max_queued: runs that may wait.
-    """
-
-    def __init__(
-        self, store: RunStore, starter: RunStarter, *, wait: Callable[[float], None], max_queued: int
-    ) -> None:
-        self._store, self._starter, self._wait, self._max_queued = store, starter, wait, max_queued
-
-    def create(self, model: str, config: TrainingConfig, request_id: str) -> TrainingRun:
-        """Queues a run; the same request again returns the same run. Raises InvalidInput for hyper-parameters out of range."""
-        # Refused here, where the caller still listens, not in the run's process.
-        resolve(config.size, config.overrides)
-        run = self._store.create(model, config, request_id=request_id, max_queued=self._max_queued)
-        self._starter.wake()
-        return run
-
-    def get(self, run_id: str) -> TrainingRun:
-        """Returns a run; raises NotFound."""
-        run = self._store.get(run_id)
-        if run is None:
-            raise _no_run(run_id)
-        return run
-
-    def list(
-        self, model: str, states: Sequence[RunState], page_size: int, before: tuple[datetime, str] | None
-    ) -> Page[TrainingRun]:
-        """Returns a page of runs, newest first."""
-        found = self._store.list(model=model, states=states, limit=page_size + 1, before=before)
-        return Page(found[:page_size], len(found) > page_size)
-
-    def cancel(self, run_id: str, comment: str) -> TrainingRun:
-        """Stops a run.
-
-        Raises:
-            NotFound: there is no such run.
-            FailedPrecondition: TRAINING_RUN_ENDED, otherwise than by being cancelled.
-        """
-        run = self._store.request_cancel(run_id, comment)
-        if run is None:
-            raise _no_run(run_id)
-        if run.state in (RunState.SUCCEEDED, RunState.FAILED):
-            raise FailedPrecondition(
-                "TRAINING_RUN_ENDED",
-                f"The run has ended ({run.state.lower()}); there is nothing to cancel.",
-                {"runId": run_id, "state": run.state},
-            )
-        self._starter.wake()
-        return run
-
-    def watch(
-        self, run_id: str, after: int, is_wanted: Callable[[], bool]
-    ) -> Iterator[tuple[Sequence[Progress], TrainingRun]]:
-        """Yields journal entries after a number as they come, until the run has ended and all are sent."""
-        run = self.get(run_id)
-        newest = self._store.progress_after(run_id, after - 1, 1) if after > 0 else ()
-        if after > 0 and not newest:
-            last = run.latest_progress.sequence_number if run.latest_progress else 0
-            problem = f"is beyond the run's last entry, {last}; send 0 to see everything."
-            raise InvalidInput(
-                "INVALID_REQUEST",
-                f"after_sequence_number {problem}",
-                {},
-                [FieldViolation("after_sequence_number", problem)],
-            )
-        reported: TrainingRun | None = None
-        while is_wanted():
-            # The run first: whatever it wrote before it ended is then in the journal read next.
-            run = self.get(run_id)
-            entries = self._store.progress_after(run_id, after, _JOURNAL_PAGE)
-            if entries:
-                after = entries[-1].sequence_number
-            changed = reported is None or (run.state, run.stage) != (reported.state, reported.stage)
-            if entries or changed:
-                yield entries, run
-                reported = run
-            if len(entries) == _JOURNAL_PAGE:
-                continue
-            if run.state.has_ended:
-                return
-            self._wait(0.25)
+from services.trainer.domain.runs import Alias, Model, ModelVersion
+from services.trainer.ports import ModelRegistry
+from services.trainer.use_cases.pages import Page
+from shared.errors import Aborted, DataLoss, FailedPrecondition, FieldViolation, InvalidInput, NotFound
 
 
 class Models:
@@ -233,9 +117,3 @@ class Models:
                 yield "", None, True
             self._wait(0.5)
             quiet_seconds += 0.5
-
-
-def _no_run(run_id: str) -> NotFound:
-    return NotFound(
-        "TRAINING_RUN_NOT_FOUND", "There is no such run; ListTrainingRuns names them.", {"runId": run_id}
-    )
