@@ -8,11 +8,12 @@ number and their age are limited.
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -25,6 +26,8 @@ from opentelemetry import propagate, trace
 from prometheus_client import Counter, Gauge, Histogram
 
 from shared import errors, grpc_status
+from shared.admission import Admission, Priority
+from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
 from shared.telemetry import Telemetry, current_trace_id
 
@@ -54,6 +57,7 @@ class GrpcServer:
         register: each adds one servicer to the `grpc.Server` it is given.
         service_names: full names of those services, for health and reflection.
         workers: threads; default from the settings.
+        priorities: of methods, by their name; the others are NORMAL. Under overload LOW is refused first.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class GrpcServer:
         register: Sequence[Callable[[grpc.Server], None]],
         service_names: Sequence[str],
         workers: int | None = None,
+        priorities: Mapping[str, Priority] | None = None,
     ) -> None:
         self._service_name = service_name
         self._settings = settings
@@ -74,12 +79,14 @@ class GrpcServer:
         self._stopped = threading.Event()
         self._drain_callbacks: list[Callable[[], None]] = []
         threads = workers or settings.workers
+        admission = Admission(threads, settings.max_queue_seconds)
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="rpc"),
+            AdmittedPool(threads, admission),
             interceptors=[
                 _CallInterceptor(
                     telemetry,
                     self._draining,
+                    LoadShedding(admission, priorities or {}),
                     max_stream_age_seconds=settings.max_stream_age_seconds,
                     # A quarter of the threads stays free for short calls and health checks.
                     max_streams=max(1, threads * 3 // 4),
@@ -92,14 +99,14 @@ class GrpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ],
-            maximum_concurrent_rpcs=max(1024, threads * 8),
+            # Of gRPC's own, which says neither why nor when to return: far beyond what is ever let in.
+            maximum_concurrent_rpcs=8_192,
         )
         for add in register:
             add(self._server)
-        # The health service answers from the reactor's own small pool, so that a full server is still seen alive.
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=futures.ThreadPoolExecutor(max_workers=2)
-        )
+        # The health service has threads of its own, so that a full server is still seen alive.
+        health_pool = futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="health")
+        self._health = _Health(health_pool)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             [*self._service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
@@ -177,6 +184,19 @@ class GrpcServer:
         self._stopped.set()
 
 
+class _Health(health.HealthServicer):
+    """The health service on a pool of its own; left to itself, only `Watch` would be."""
+
+    def __init__(self, pool: futures.ThreadPoolExecutor) -> None:
+        super().__init__(experimental_non_blocking=True, experimental_thread_pool=pool)
+
+        def check(request: Any, context: grpc.ServicerContext) -> Any:
+            return health.HealthServicer.Check(self, request, context)
+
+        check.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        self.Check = check  # type: ignore[method-assign]
+
+
 def run_service(main: Callable[[], None]) -> None:
     """Runs a service's `main`; a failure that its operator can mend is one line and exit code 2."""
     import sys
@@ -206,16 +226,20 @@ class _CallInterceptor(grpc.ServerInterceptor):
         self,
         telemetry: Telemetry,
         draining: threading.Event,
+        shedding: LoadShedding,
         *,
         max_stream_age_seconds: float,
         max_streams: int,
     ) -> None:
         self._telemetry = telemetry
         self._draining = draining
+        self._shedding = shedding
+        self._told_at = -math.inf
         self._max_stream_age_seconds = max_stream_age_seconds
         self._max_streams = max_streams
         self._streams = threading.BoundedSemaphore(max_streams)
-        self._wrapped: dict[str, grpc.RpcMethodHandler | None] = {}
+        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+        self._calls: dict[str, _Call] = {}
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         method: str = details.method
@@ -226,7 +250,23 @@ class _CallInterceptor(grpc.ServerInterceptor):
             if handler is None:
                 return None
             wrapped = self._wrapped[method] = self._wrap(method, handler)
-        return wrapped
+        call = self._calls.get(method)
+        if call is None:
+            return wrapped
+        refusing = self._shedding.refusing_handler(call.service, call.method, details.invocation_metadata)
+        if refusing is None:
+            return wrapped
+        self._count_refused(call)
+        return refusing
+
+    def _count_refused(self, call: _Call) -> None:
+        call.handled("RESOURCE_EXHAUSTED").inc()
+        # One line a second: a flood of calls must not become a flood of lines.
+        if (now := time.monotonic()) >= self._told_at + 1.0:
+            self._told_at = now
+            self._telemetry.logger.warning(
+                "calls refused", reason="OVERLOADED", count=self._shedding.take_refused()
+            )
 
     def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler:
         service, _, name = method.lstrip("/").rpartition("/")
@@ -237,9 +277,9 @@ class _CallInterceptor(grpc.ServerInterceptor):
             (True, True): ("bidi_stream", handler.stream_stream, grpc.stream_stream_rpc_method_handler),
         }
         kind, behavior, make = kinds[handler.request_streaming, handler.response_streaming]
-        call = _Call(self._telemetry, service, name, kind)
         if service.startswith("grpc."):  # Health and reflection bring their own manners.
             return handler
+        call = self._calls[method] = _Call(self._telemetry, service, name, kind)
         if handler.response_streaming:
             wrapped = self._streaming(call, behavior)
         elif handler.request_streaming:

@@ -55,6 +55,13 @@ class ServiceSettings(BaseSettings):
     trainer_address: Address = Field("127.0.0.1:7003", description="Where the others find trainer.")
     recommend_address: Address = Field("127.0.0.1:7004", description="Where the others find recommend.")
     workers: int = Field(32, ge=2, le=1024, description="Threads that answer calls. A stream occupies one.")
+    max_queue_seconds: float = Field(
+        0.25,
+        gt=0,
+        le=60,
+        description="A call that would wait longer than this for a thread, by the speed measured, is refused with "
+        "RESOURCE_EXHAUSTED and a time to retry. A quarter of it for what can wait.",
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="After SIGTERM: the longest wait for calls under way."
     )

@@ -17,7 +17,7 @@ from services.feedback.converters.events import EventReader
 from services.feedback.converters.identities import Door
 from services.feedback.converters.imports import ImportDirectory
 from services.feedback.domain.bots import RateBotDetector
-from services.feedback.servicer import SERVICE_NAME, FeedbackServicer, UseCases
+from services.feedback.servicer import PRIORITIES, SERVICE_NAME, FeedbackServicer, UseCases
 from services.feedback.settings import FeedbackSettings
 from services.feedback.storage.exclusive import (
     EXPERIMENTS_LOCK,
@@ -174,7 +174,12 @@ def serve() -> None:
     Door.from_directory(settings.keys_path)
     feedback = _when_the_database_is_up(lambda: _prepared(settings), telemetry)
     server = GrpcServer(
-        SERVICE, settings, telemetry, register=[feedback.register], service_names=[SERVICE_NAME]
+        SERVICE,
+        settings,
+        telemetry,
+        register=[feedback.register],
+        service_names=[SERVICE_NAME],
+        priorities=PRIORITIES,
     )
     stopped = threading.Event()
     server.on_drain(stopped.set)

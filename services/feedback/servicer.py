@@ -61,12 +61,28 @@ from services.feedback.use_cases import (
     RunExperiments,
     ValuePolicies,
 )
+from shared.admission import Priority
 from shared.errors import ResourceExhausted, Unavailable
 from shared.event_kinds import EventKind
 from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
 
 SERVICE_NAME = "shopkeeper.feedback.v1.FeedbackService"
+# Under overload reports wait first, and what a person decides about themselves last.
+PRIORITIES = {
+    **dict.fromkeys(
+        (
+            "GetMetrics",
+            "WatchMetrics",
+            "GetExperimentReport",
+            "EstimatePolicyValue",
+            "ExportUser",
+            "PurgeEvents",
+        ),
+        Priority.LOW,
+    ),
+    **dict.fromkeys(("SetConsent", "ForgetUser"), Priority.HIGH),
+}
 _EVENTS = Counter("shopkeeper_feedback_events_total", "Events by what became of them.", ["status", "kind"])
 _counters: dict[tuple[RowStatus, int | None], Any] = {}
 
