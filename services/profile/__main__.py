@@ -38,12 +38,14 @@ from services.profile.storage import catalogue as catalogue_storage
 from services.profile.storage import log as log_storage
 from services.profile.storage.churn_alerts import PostgresChurnAlerts
 from services.profile.storage.churn_registry import ChurnModels, gate_reasons, verdict
+from services.profile.storage.merges import PostgresMerges
 from services.profile.storage.purchases import PostgresPurchases
 from services.profile.storage.segments import PostgresSegments
 from services.profile.use_cases.catalogue import Catalogue
 from services.profile.use_cases.churn import ChurnWatch, train_churn
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.live_histories import LiveHistories
+from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.database import Database, migrate, resolve_url
@@ -76,11 +78,14 @@ class Profile:
     histories: LiveHistories
     catalogue: Catalogue
     churn: ChurnWatch
+    merges: PostgresMerges
+    pseudonymizer: Pseudonymizer
     store: catalogue_storage.PostgresCatalogue
     profile_servicer: ProfileServicer
     catalog_servicer: CatalogServicer
     listeners: tuple[log_storage.Listener, ...]
     threads: list[threading.Thread]
+    drained: threading.Event
 
     @classmethod
     def wire(cls, settings: ProfileSettings, database_url: str) -> Profile:
@@ -96,10 +101,12 @@ class Profile:
         items, currencies = Vocabulary(), Vocabulary()
         log = log_storage.PostgresEventLog(database, items, currencies)
         histories = LiveHistories(log, settings.hot_users, metrics)
-        follower = LogFollower(log, histories, metrics, clock_us)
+        merged = MergedUsers()
+        follower = LogFollower(log, histories, merged, metrics, clock_us)
         store = catalogue_storage.PostgresCatalogue(database)
         catalogue = Catalogue(store, encode_item, metrics, clock_us)
-        profiles = Profiles(follower, histories, items, currencies, catalogue.facts, clock_us)
+        merges = PostgresMerges(database, pseudonymizer.current_version)
+        profiles = Profiles(follower, histories, merged, merges, items, currencies, catalogue.facts, clock_us)
         converter = ProfileConverter(pseudonymizer, signer, items, currencies, profiles.summary)
         churn = ChurnWatch(
             PostgresPurchases(database),
@@ -122,6 +129,8 @@ class Profile:
             histories,
             catalogue,
             churn,
+            merges,
+            pseudonymizer,
             store,
             ProfileServicer(
                 profiles,
@@ -129,7 +138,7 @@ class Profile:
                 churn,
                 ChurnConverter(signer),
                 Segments(segments),
-                SegmentMembers(log, segments, profiles.portrait, risk_of),
+                SegmentMembers(log, segments, merged.of, profiles.portrait, risk_of),
                 SegmentConverter(signer),
                 settings.catch_up_seconds,
             ),
@@ -139,6 +148,7 @@ class Profile:
                 log_storage.Listener(database, catalogue_storage.CHANNEL, catalogue.nudge),
             ),
             [],
+            threading.Event(),
         )
 
     def register(self, server: grpc.Server) -> None:
@@ -160,6 +170,7 @@ class Profile:
             ("follow-log", partial(self.follower.run, tell)),
             ("follow-items", partial(self.catalogue.run, tell)),
             ("watch-churn", self.churn.run),
+            ("bring-merges-forward", self._bring_merges_forward),
             *((f"listen-{number}", listener.run) for number, listener in enumerate(self.listeners)),
         ]
         for name, run in loops:
@@ -178,8 +189,17 @@ class Profile:
             return False, self.catalogue.problem or "the catalogue has not been read yet"
         return True, ""
 
+    def _bring_merges_forward(self) -> None:
+        while not self.drained.is_set():
+            try:
+                self.merges.bring_forward(self.pseudonymizer.rotated)
+                return
+            except Unavailable:
+                self.drained.wait(1.0)
+
     def drain(self) -> None:
         """Ends every stream and stops following."""
+        self.drained.set()
         self.follower.stop()
         self.catalogue.stop()
         self.churn.stop()

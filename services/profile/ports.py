@@ -25,6 +25,7 @@ class LogChanges:
         reconsented: shoppers whose consent changed; their windows must be loaded anew.
         erased: shoppers who were erased, for ever. Their rows may be there a while longer.
         overflow: more is new than was asked for, so that nothing of it was read.
+        merged: ids that stand for another shopper, who is None once erased.
     """
 
     watermark: Watermark
@@ -32,6 +33,7 @@ class LogChanges:
     reconsented: Sequence[UserKey] = ()
     erased: Sequence[UserKey] = ()
     overflow: bool = False
+    merged: Sequence[tuple[UserKey, UserKey | None]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,42 @@ class EventLog(Protocol):
         ...
 
     def load(self, user_keys: Sequence[UserKey]) -> dict[UserKey, EventWindow]:
-        """Returns the windows of shoppers by one query; who has no events is missing."""
+        """Returns the windows of shoppers by one query; who has no events is missing.
+
+        The events of whoever was merged into them are theirs.
+        """
         ...
 
     def changed_since(self, since: Watermark, max_users: int) -> ChangedUsers:
         """Returns who changed, or was erased, since a snapshot that another replica may have taken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Two ids are one shopper.
+
+    Attributes:
+        user_key: stands for both.
+        merged_event_count: events of the id that was anonymous.
+        xid: the transaction from which on it is so.
+    """
+
+    user_key: UserKey
+    merged_event_count: int
+    xid: int
+
+
+class Merges(Protocol):
+    """Which ids stand for one shopper, durable. Raises Unavailable when the database does not answer."""
+
+    def merge(self, anonymous: UserKey, known: UserKey) -> Merge:
+        """Makes one id stand for both; repeating it changes nothing.
+
+        Raises:
+            FailedPrecondition: the anonymous one has become another shopper, one of them was erased, or too
+                many have become this shopper.
+        """
         ...
 
 

@@ -26,7 +26,16 @@ SERVICES = {
 }
 METHODS = [(stub, method) for stub, service in SERVICES.items() for method in service.methods]
 BUILT = {
-    *("GetProfile", "BatchGetProfiles", "WatchProfiles", "UpsertItems", "PatchItems", "SetInventory"),
+    *(
+        "GetProfile",
+        "BatchGetProfiles",
+        "WatchProfiles",
+        "CompareProfiles",
+        "MergeUsers",
+        "UpsertItems",
+        "PatchItems",
+        "SetInventory",
+    ),
     *("DeleteItems", "GetItem", "ListItems", "WatchItems"),
     *("CreateSegment", "GetSegment", "ListSegments", "UpdateSegment", "DeleteSegment", "ListUsersInSegment"),
     *("ListAtRiskUsers", "WatchChurnAlerts", "GetChurnModel"),

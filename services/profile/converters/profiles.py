@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import live_profile_pb2, profile_service_pb2, user_portrait_pb2
 
 from services.profile.domain import portrait as domain
+from services.profile.domain.comparison import Comparison
 from services.profile.domain.events import HAS_PRICE, EventWindow, Vocabulary
 from services.profile.domain.messages import ProfilesMessage, Reading
 from shared.errors import FieldViolation, InvalidInput
@@ -89,6 +90,23 @@ class ProfileConverter:
             )
         return keys
 
+    def two_users(
+        self, request: profile_service_pb2.CompareProfilesRequest | profile_service_pb2.MergeUsersRequest
+    ) -> tuple[UserKey, UserKey]:
+        """Returns both pseudonyms of a request; raises InvalidInput naming every bad one."""
+        names = [field.name for field in request.DESCRIPTOR.fields]
+        keys: list[UserKey] = []
+        violations: list[FieldViolation] = []
+        for name in names:
+            try:
+                keys.append(self.user_key(getattr(request, name), f"{name}."))
+            except InvalidInput as error:
+                violations.extend(error.violations)
+        if violations:
+            first = violations[0]
+            raise InvalidInput("INVALID_REQUEST", f"{first.field} {first.description}", violations=violations)
+        return keys[0], keys[1]
+
     def token(self, consistency_token: str) -> ConsistencyToken | None:
         """Returns the token, or None for an empty one; raises InvalidInput for a forged one."""
         return ConsistencyToken.verify(self._signer, consistency_token) if consistency_token else None
@@ -116,13 +134,18 @@ class ProfileConverter:
 
     def profile(
         self,
+        user_key: UserKey,
         reading: Reading,
         watermark: Watermark,
         view: int,
         portrait: Callable[[Reading], domain.Portrait],
     ) -> profile_service_pb2.Profile:
-        """Returns what a view shows of a reading."""
-        profile = profile_service_pb2.Profile(user_key=reading.user_key)
+        """Returns what a view shows of a reading.
+
+        Args:
+            user_key: who the shopper is; the reading may go by another of their names.
+        """
+        profile = profile_service_pb2.Profile(user_key=user_key)
         if view != View.PROFILE_VIEW_PORTRAIT:
             profile.live.CopyFrom(self._shared(reading))
             profile.live.watermark = watermark.encode()
@@ -290,10 +313,24 @@ def timestamp(time_us: int) -> Timestamp:
     return Timestamp(seconds=seconds, nanos=micros * 1000)
 
 
+def comparison(compared: Comparison) -> profile_service_pb2.CompareProfilesResponse:
+    """Returns the message of a comparison."""
+    return profile_service_pb2.CompareProfilesResponse(
+        embedding_similarity=_estimate(compared.embedding_similarity),
+        interest_similarity=_estimate(compared.interest_similarity),
+        item_overlap=_estimate(compared.item_overlap),
+        shared_interests=[
+            profile_service_pb2.SharedInterest(first=_interest(first), second=_interest(second))
+            for first, second in compared.shared_interests
+        ],
+    )
+
+
 def _interest(interest: domain.Interest) -> user_portrait_pb2.Interest:
     return user_portrait_pb2.Interest(
         horizon=int(interest.horizon),  # type: ignore[arg-type]
         facet=int(interest.facet),  # type: ignore[arg-type]
+        attribute_key=interest.attribute_key,
         value=interest.value,
         weight=interest.weight,
         decayed_evidence=interest.decayed_evidence,

@@ -59,6 +59,7 @@ class Facet(enum.IntEnum):
     CATEGORY = 1
     BRAND = 2
     PRICE_BAND = 3
+    ATTRIBUTE = 4
 
 
 class Horizon(enum.IntEnum):
@@ -138,7 +139,11 @@ class Rfm:
 
 @dataclass(frozen=True, slots=True)
 class Interest:
-    """A value of a facet, its share of the facet's decayed evidence in [0, 1], and that evidence."""
+    """A value of a facet, its share of the facet's decayed evidence in [0, 1], and that evidence.
+
+    Attributes:
+        attribute_key: empty unless the facet is ATTRIBUTE; shares are then among the values of one key.
+    """
 
     horizon: Horizon
     facet: Facet
@@ -146,6 +151,7 @@ class Interest:
     weight: float
     decayed_evidence: float
     evidence_count: int
+    attribute_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,17 @@ from shopkeeper.profile.v1 import (
 )
 
 from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk
-from services.profile.converters.profiles import ProfileConverter
+from services.profile.converters.profiles import ProfileConverter, comparison, invalid
 from services.profile.converters.segment_language import parse_filter
 from services.profile.converters.segments import SegmentConverter, revision, segment_id, version_wanted
 from services.profile.domain.churn_risk import ChurnRisk
+from services.profile.domain.messages import Reading
 from services.profile.use_cases.churn import ChurnWatch, Members, Scores
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.errors import Unimplemented
-from shared.identity import UserKey
 from shared.server import time_remaining_seconds
+from shared.tokens import Watermark
 
 # An answer needs a moment to travel, too.
 ANSWER_SECONDS = 0.01
@@ -65,10 +66,7 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         user_key = self._converter.user_key(request)
         token = self._converter.token(request.consistency_token)
         read = self._profiles.read([user_key], token, self._patience(context))
-        profile = self._converter.profile(
-            read.readings[0], read.watermark, request.view, self._profiles.portrait
-        )
-        return self._portrayed(profile, user_key)
+        return self._profile(read.readings[0], read.watermark, request.view)
 
     def BatchGetProfiles(
         self, request: pb.BatchGetProfilesRequest, context: grpc.ServicerContext
@@ -78,13 +76,7 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         token = self._converter.token(request.consistency_token)
         read = self._profiles.read(user_keys, token, self._patience(context))
         return pb.BatchGetProfilesResponse(
-            profiles=[
-                self._portrayed(
-                    self._converter.profile(reading, read.watermark, request.view, self._profiles.portrait),
-                    reading.user_key,
-                )
-                for reading in read.readings
-            ]
+            profiles=[self._profile(reading, read.watermark, request.view) for reading in read.readings]
         )
 
     def WatchProfiles(
@@ -98,14 +90,19 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
     def CompareProfiles(
         self, request: pb.CompareProfilesRequest, context: grpc.ServicerContext
     ) -> pb.CompareProfilesResponse:
-        """Not built yet."""
-        _not_built("Read both with BatchGetProfiles and compare their interests.")
+        """See the contract."""
+        first, second = self._converter.two_users(request)
+        return comparison(self._profiles.compare(first, second, self._patience(context)))
 
     def MergeUsers(
         self, request: pb.MergeUsersRequest, context: grpc.ServicerContext
     ) -> pb.MergeUsersResponse:
-        """Not built yet."""
-        _not_built("Send events under the id of the shopper who signed in.")
+        """See the contract."""
+        anonymous, known = self._converter.two_users(request)
+        if anonymous == known:
+            raise invalid("known", "is the anonymous visitor as well; name two ids.")
+        user_key, event_count = self._profiles.merge(anonymous, known, self._patience(context))
+        return pb.MergeUsersResponse(user_key=user_key, merged_event_count=event_count)
 
     def CreateSegment(
         self, request: pb.CreateSegmentRequest, context: grpc.ServicerContext
@@ -218,7 +215,9 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         """Not built yet."""
         _no_rebuild()
 
-    def _portrayed(self, profile: pb.Profile, user_key: UserKey) -> pb.Profile:
+    def _profile(self, reading: Reading, watermark: Watermark, view: int) -> pb.Profile:
+        user_key = self._profiles.stands_for(reading.user_key)
+        profile = self._converter.profile(user_key, reading, watermark, view, self._profiles.portrait)
         if profile.HasField("portrait") and (known := self._churn.risk_of(user_key)) is not None:
             profile.portrait.churn_risk.CopyFrom(_risk_message(*known))
         return profile

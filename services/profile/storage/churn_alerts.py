@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.profile.ports import StoredAlert
+from services.profile.storage.erasure import erase_forgotten
 from shared.database import Database
 from shared.identity import UserKey
 
@@ -100,11 +101,4 @@ class PostgresChurnAlerts:
     def erase_forgotten(self) -> list[UserKey]:
         """See `ports.ChurnAlerts`."""
         with self._database.connect() as connection:
-            connection.execute(
-                "DELETE FROM profile.churn_alerts WHERE user_key IN (SELECT user_key FROM feedback.tombstones_v1)"
-            )
-            connection.execute(
-                "DELETE FROM profile.churn_scores WHERE user_key IN (SELECT user_key FROM feedback.tombstones_v1)"
-            )
-            rows = connection.execute("SELECT user_key FROM feedback.tombstones_v1").fetchall()
-        return [UserKey(bytes(key)) for (key,) in rows]
+            return erase_forgotten(connection)

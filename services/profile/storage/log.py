@@ -77,19 +77,29 @@ _POLL_ERASED = trusted_sql(f"{_ERASED} WHERE {NEW_SINCE}")
 _POLL_CONSENTS = trusted_sql(f"SELECT user_key FROM feedback.consents_v1 WHERE {NEW_SINCE}")  # noqa: S608
 _CHANGED = trusted_sql(
     f"SELECT user_key FROM feedback.events_v1 WHERE {NEW_SINCE} UNION "  # noqa: S608
-    f"SELECT user_key FROM feedback.consents_v1 WHERE {NEW_SINCE} LIMIT %(limit)s"
+    f"SELECT user_key FROM feedback.consents_v1 WHERE {NEW_SINCE} UNION "
+    f"SELECT anonymous_key FROM profile.merged_users WHERE {NEW_SINCE} LIMIT %(limit)s"
 )
 # Where most shoppers have fewer events than a window, the planner would collect all events of a shopper and
 # sort them: an outlier with a million of them must cost no more than a window.
 _READ_INDEX_BACKWARDS = (
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_bitmapscan', 'off', true)"
 )
+_ALL_MERGED = "SELECT anonymous_key, user_key FROM profile.merged_users"
+_POLL_MERGED = trusted_sql(f"{_ALL_MERGED} WHERE {NEW_SINCE}")
 _LOAD = trusted_sql(f"""
     SELECT {_PACKED}, (
         SELECT array_agg(user_key) FROM feedback.consents_v1
         WHERE user_key = ANY(%(user_keys)s::bytea[]) AND NOT personalisation)
-    FROM unnest(%(user_keys)s::bytea[]) AS wanted (wanted_key) CROSS JOIN LATERAL (
-        SELECT {_COLUMNS} FROM feedback.events_v1 WHERE user_key = wanted_key
+    FROM (
+        SELECT wanted_key AS root_key, wanted_key AS name FROM unnest(%(user_keys)s::bytea[]) AS wanted (wanted_key)
+        UNION ALL
+        SELECT m.user_key, m.anonymous_key FROM profile.merged_users AS m
+        WHERE m.user_key = ANY(%(user_keys)s::bytea[])
+            AND NOT EXISTS (SELECT FROM feedback.tombstones_v1 AS t WHERE t.user_key = m.anonymous_key)
+    ) AS named CROSS JOIN LATERAL (
+        SELECT root_key AS user_key, {_COLUMNS.removeprefix("user_key, ")}
+        FROM feedback.events_v1 WHERE user_key = name
         ORDER BY event_key DESC, line DESC LIMIT {MAX_WINDOW_EVENTS + 1}
     ) AS newest
 """)  # noqa: S608
@@ -115,7 +125,10 @@ class PostgresEventLog:
                 connection.execute("SELECT FROM feedback.events_v1 LIMIT 0")
                 connection.execute("SELECT FROM feedback.consents_v1 LIMIT 0")
                 erased = connection.execute(trusted_sql(_ERASED), binary=True).fetchall()
-                return LogChanges(watermark, self._batch([]), erased=_keys(erased))
+                merged = connection.execute(trusted_sql(_ALL_MERGED), binary=True).fetchall()
+                return LogChanges(
+                    watermark, self._batch([]), erased=_keys(erased), merged=_merged_keys(merged)
+                )
             if watermark.xmax < since.xmax:
                 return LogChanges(watermark, self._batch([]), overflow=True)
             if watermark == since:
@@ -124,6 +137,7 @@ class PostgresEventLog:
             chunks = connection.execute(_POLL, new | {"limit": max_events + 1}, binary=True).fetchall()
             consents = connection.execute(_POLL_CONSENTS, new, binary=True).fetchall()
             erased = connection.execute(_POLL_ERASED, new, binary=True).fetchall()
+            merged = connection.execute(_POLL_MERGED, new, binary=True).fetchall()
         batch = self._batch(chunks)
         overflow = len(batch) > max_events
         return LogChanges(
@@ -132,6 +146,7 @@ class PostgresEventLog:
             _keys(consents),
             _keys(erased),
             overflow,
+            _merged_keys(merged),
         )
 
     def load(self, user_keys: Sequence[UserKey]) -> dict[UserKey, EventWindow]:
@@ -232,3 +247,10 @@ class Listener:
 
 def _keys(rows: Sequence[tuple[Any, ...]]) -> list[UserKey]:
     return [UserKey(bytes(user_key)) for (user_key,) in rows]
+
+
+def _merged_keys(rows: Sequence[tuple[Any, ...]]) -> list[tuple[UserKey, UserKey | None]]:
+    return [
+        (UserKey(bytes(anonymous)), None if root is None else UserKey(bytes(root)))
+        for anonymous, root in rows
+    ]

@@ -63,8 +63,12 @@ class PostgresPurchases:
                         || int8send(CASE WHEN currency_code = %(currency)s THEN coalesce(price_micros, {_NO_PRICE})
                                     ELSE {_NO_PRICE} END), ''::bytea)
                     FROM (SELECT *, (row_number() OVER () - 1) / {CHUNK_ROWS} AS chunk FROM (
-                        SELECT user_key, event_key, kind, occurred_at, item_id, quantity, price_micros, currency_code
-                        FROM {source} ORDER BY occurred_at, event_key, line) AS lines) AS numbered
+                        SELECT coalesce(m.user_key, bought.user_key) AS user_key, event_key, kind, occurred_at,
+                            item_id, quantity, price_micros, currency_code
+                        FROM (SELECT * FROM {source}) AS bought
+                        LEFT JOIN profile.merged_users AS m ON m.anonymous_key = bought.user_key
+                        WHERE m.anonymous_key IS NULL OR m.user_key IS NOT NULL
+                        ORDER BY occurred_at, event_key, line) AS lines) AS numbered
                     GROUP BY chunk ORDER BY chunk
                 """),  # noqa: S608
                 {"before": before_us / 1e6, "currency": currency},

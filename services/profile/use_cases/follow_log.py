@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from services.profile.ports import EventLog, Metrics
 from services.profile.use_cases.live_histories import LiveHistories
+from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.subscriptions import Subscription, Subscriptions
 from shared.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from shared.identity import UserKey
@@ -30,10 +31,16 @@ class LogFollower:
     """
 
     def __init__(
-        self, log: EventLog, histories: LiveHistories, metrics: Metrics, clock_us: Callable[[], int]
+        self,
+        log: EventLog,
+        histories: LiveHistories,
+        merged: MergedUsers,
+        metrics: Metrics,
+        clock_us: Callable[[], int],
     ) -> None:
         self._log = log
         self._histories = histories
+        self._merged = merged
         self._metrics = metrics
         self._clock_us = clock_us
         self._subscriptions: Subscriptions[UserKey] = Subscriptions(
@@ -113,15 +120,20 @@ class LogFollower:
             # More than is worth reading, or another log than before: start afresh.
             self._histories.clear()
             self._subscriptions.reset()
-        if changes.erased:
-            self._histories.erase(changes.erased)
-        if changes.reconsented:
-            self._histories.forget(changes.reconsented)
-        if len(changes.events):
-            self._histories.apply(changes.events)
+        # First of all: from here on events of a merged id are another's.
+        moved, gone = self._merged.apply(changes.merged)
+        erased, lessened = self._merged.erase([*changes.erased, *gone])
+        if erased:
+            self._histories.erase(erased)
+        anew = [*moved, *lessened, *(self._merged.of(user_key) for user_key in changes.reconsented)]
+        if anew:
+            self._histories.forget(anew)
+        events = self._merged.join(changes.events)
+        if len(events):
+            self._histories.apply(events)
         # Before the watermark moves: a watcher that joins now must not get it ahead of these names.
-        changed = [*changes.events.user_keys, *changes.reconsented]
-        self._subscriptions.publish(changed, changes.erased, changes.watermark, time_us)
+        changed = self._merged.names([*events.user_keys, *anew])
+        self._subscriptions.publish(changed, erased, changes.watermark, time_us)
         with self._moved:
             self._watermark, self._watermark_time_us = changes.watermark, time_us
             self._problem = None
@@ -189,7 +201,7 @@ class LogFollower:
                 if since.changed is None:
                     subscription.reset()
                 else:
-                    subscription.offer(since.changed, since.erased, None, 0)
+                    subscription.offer(self._merged.names(since.changed), since.erased, None, 0)
             with self._moved:
                 watermark, time_us = self.watermark, self._watermark_time_us
             subscription.offer((), (), watermark, time_us)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from services.profile.domain.events import Vocabulary
+from services.profile.domain.comparison import Comparison, compare
+from services.profile.domain.events import NO_ITEM, Vocabulary
 from services.profile.domain.messages import ProfilesMessage, Reading
 from services.profile.domain.portrait import ItemLookup, Portrait, Summary, fold_portrait, fold_summary
+from services.profile.ports import Merges
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.live_histories import LiveHistories
+from services.profile.use_cases.merged_users import MergedUsers
 from shared.identity import UserKey
 from shared.tokens import ConsistencyToken, Watermark
 
@@ -33,6 +36,8 @@ class Profiles:
         self,
         follower: LogFollower,
         histories: LiveHistories,
+        merged: MergedUsers,
+        merges: Merges,
         items: Vocabulary,
         currencies: Vocabulary,
         lookup: ItemLookup,
@@ -40,6 +45,8 @@ class Profiles:
     ) -> None:
         self._follower = follower
         self._histories = histories
+        self._merged = merged
+        self._merges = merges
         self._items = items
         self._currencies = currencies
         self._lookup = lookup
@@ -57,12 +64,55 @@ class Profiles:
         watermark = (
             self._follower.catch_up(token, timeout_seconds) if token is not None else self._follower.watermark
         )
-        found = self._histories.read(user_keys, timeout_seconds)
-        return Readings(watermark, [found[user_key] for user_key in user_keys])
+        merged = self._merged
+        if not len(merged):
+            found = self._histories.read(user_keys, timeout_seconds)
+            return Readings(watermark, [found[user_key] for user_key in user_keys])
+        roots = [merged.of(user_key) for user_key in user_keys]
+        found = self._histories.read(roots, timeout_seconds)
+        return Readings(
+            watermark,
+            [
+                # Under the name that was asked for: that is how the caller knows the shopper.
+                found[root] if root == user_key else replace(found[root], user_key=user_key)
+                for user_key, root in zip(user_keys, roots, strict=True)
+            ],
+        )
+
+    def merge(self, anonymous: UserKey, known: UserKey, timeout_seconds: float) -> tuple[UserKey, int]:
+        """Makes two ids one shopper; returns who stands for both, and how many events came over.
+
+        Raises:
+            FailedPrecondition: see `Merges.merge`.
+            Unavailable, DeadlineExceeded: see `read`; the merge may be stored, and repeating it is harmless.
+        """
+        merge = self._merges.merge(anonymous, known)
+        # Whoever asks next, here, is told of the one shopper.
+        self._follower.catch_up(ConsistencyToken(merge.xid), timeout_seconds)
+        return merge.user_key, merge.merged_event_count
+
+    def stands_for(self, user_key: UserKey) -> UserKey:
+        """Returns the shopper that an id stands for."""
+        return self._merged.of(user_key)
 
     def portrait(self, reading: Reading) -> Portrait:
         """Returns the portrait of a shopper as of now."""
         return fold_portrait(reading.window, self._items, self._currencies, self._lookup, self._clock_us())
+
+    def compare(self, first: UserKey, second: UserKey, timeout_seconds: float) -> Comparison:
+        """Returns how alike two shoppers are.
+
+        Raises:
+            Unavailable, DeadlineExceeded: see `read`.
+        """
+        one, other = self.read([first, second], None, timeout_seconds).readings
+        return compare(
+            self.portrait(one), self.portrait(other), self._items_touched(one), self._items_touched(other)
+        )
+
+    @staticmethod
+    def _items_touched(reading: Reading) -> set[int]:
+        return set(reading.window.personal_events["item"].tolist()) - {NO_ITEM}
 
     def summary(self, reading: Reading) -> Summary:
         """Returns the summary of a shopper."""

@@ -42,6 +42,7 @@ class SegmentMembers:
     """Applies filters to portraits. Loads past the hot set: a walk over everybody must not empty it.
 
     Args:
+        stands_for: the shopper that an id stands for.
         portrait: folds a portrait.
         risk_of: what is known of a shopper's risk.
         monotonic: seconds.
@@ -51,12 +52,14 @@ class SegmentMembers:
         self,
         log: EventLog,
         store: SegmentStore,
+        stands_for: Callable[[UserKey], UserKey],
         portrait: Callable[[Reading], Portrait],
         risk_of: Callable[[UserKey], ChurnRisk | None],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._store = store
+        self._stands_for = stands_for
         self._portrait = portrait
         self._risk_of = risk_of
         self._monotonic = monotonic
@@ -82,6 +85,8 @@ class SegmentMembers:
         found: list[UserKey] = []
         while True:
             keys, next_key = self._store.users_after(after, USERS_IN_LOAD)
+            # One shopper, one entry: under the id that stands for all of theirs.
+            keys = [key for key in keys if self._stands_for(key) == key]
             for key, chosen in zip(keys, self.contains(expression, keys), strict=True):
                 if not chosen:
                     continue

@@ -97,6 +97,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The log holds no purchase that a churn model could learn from. Given by
     `python -m services.profile train-churn`. Remedy: import purchases first.
     """
+    ERROR_REASON_USER_ALREADY_MERGED: _ErrorReason.ValueType  # 21
+    """The visitor has become another shopper already. `FAILED_PRECONDITION`.
+    Remedy: give each visitor an id of their own; what was merged stays so.
+    """
+    ERROR_REASON_USER_FORGOTTEN: _ErrorReason.ValueType  # 22
+    """A shopper named in the request was erased, for ever. `FAILED_PRECONDITION`."""
+    ERROR_REASON_TOO_MANY_MERGES: _ErrorReason.ValueType  # 23
+    """More than 100 visitors have become this shopper. `FAILED_PRECONDITION`.
+    Remedy: find out which id it is that many people share.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call to the profile service failed. `google.rpc.ErrorInfo.reason` is a
@@ -180,5 +190,15 @@ ERROR_REASON_CATCH_UP_TIMEOUT: ErrorReason.ValueType  # 19
 ERROR_REASON_NO_PURCHASES: ErrorReason.ValueType  # 20
 """The log holds no purchase that a churn model could learn from. Given by
 `python -m services.profile train-churn`. Remedy: import purchases first.
+"""
+ERROR_REASON_USER_ALREADY_MERGED: ErrorReason.ValueType  # 21
+"""The visitor has become another shopper already. `FAILED_PRECONDITION`.
+Remedy: give each visitor an id of their own; what was merged stays so.
+"""
+ERROR_REASON_USER_FORGOTTEN: ErrorReason.ValueType  # 22
+"""A shopper named in the request was erased, for ever. `FAILED_PRECONDITION`."""
+ERROR_REASON_TOO_MANY_MERGES: ErrorReason.ValueType  # 23
+"""More than 100 visitors have become this shopper. `FAILED_PRECONDITION`.
+Remedy: find out which id it is that many people share.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

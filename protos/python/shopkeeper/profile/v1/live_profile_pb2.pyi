@@ -35,7 +35,9 @@ class LiveProfile(_message.Message):
     PERSONALISATION_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     user_key: _builtins.bytes
-    """The pseudonym of the shopper, 16 bytes."""
+    """The pseudonym of the shopper, 16 bytes: the one asked for, though another may
+    stand for it.
+    """
     watermark: _builtins.bytes
     """The position of the log that this profile reflects: every event committed
     before it is in. Opaque; compare with a consistency token only through the

@@ -124,7 +124,9 @@ class Profile(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     PORTRAIT_FIELD_NUMBER: _builtins.int
     user_key: _builtins.bytes
-    """The pseudonym, 16 bytes."""
+    """The pseudonym, 16 bytes: of the shopper that the id stands for, if it was
+    merged.
+    """
     @_builtins.property
     def live(self) -> _live_profile_pb2.LiveProfile:
         """The live history. Not set in the view PORTRAIT."""

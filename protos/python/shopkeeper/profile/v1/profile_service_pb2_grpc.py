@@ -176,7 +176,10 @@ class ProfileServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CompareProfiles(self, request, context):
-        """Says how alike two shoppers are, and in what.
+        """Says how alike two shoppers are, and in what. The order of the two does not
+        matter.
+
+        Fails with `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,7 +187,15 @@ class ProfileServiceServicer:
 
     def MergeUsers(self, request, context):
         """Joins the history of an anonymous visitor to the shopper who signed in. From
-        then on both ids stand for the one shopper. Repeating it changes nothing.
+        then on both ids stand for the one shopper: asked for by either, and told to
+        watchers under each. Repeating it changes nothing, and it cannot be undone.
+
+        The log stays as it was recorded. To delete from it, name both ids to
+        feedback's `ForgetUser`; once the shopper is erased, the visitor's events are
+        shown no more either way.
+
+        Fails with `USER_ALREADY_MERGED`, `USER_FORGOTTEN`, `TOO_MANY_MERGES`,
+        `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

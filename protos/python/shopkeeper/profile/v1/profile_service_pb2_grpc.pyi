@@ -64,10 +64,22 @@ class ProfileServiceStub:
     Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
     CompareProfiles: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.CompareProfilesRequest, _profile_service_pb2.CompareProfilesResponse]
-    """Says how alike two shoppers are, and in what."""
+    """Says how alike two shoppers are, and in what. The order of the two does not
+    matter.
+
+    Fails with `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
+    """
     MergeUsers: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.MergeUsersRequest, _profile_service_pb2.MergeUsersResponse]
     """Joins the history of an anonymous visitor to the shopper who signed in. From
-    then on both ids stand for the one shopper. Repeating it changes nothing.
+    then on both ids stand for the one shopper: asked for by either, and told to
+    watchers under each. Repeating it changes nothing, and it cannot be undone.
+
+    The log stays as it was recorded. To delete from it, name both ids to
+    feedback's `ForgetUser`; once the shopper is erased, the visitor's events are
+    shown no more either way.
+
+    Fails with `USER_ALREADY_MERGED`, `USER_FORGOTTEN`, `TOO_MANY_MERGES`,
+    `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
     """
     CreateSegment: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.CreateSegmentRequest, _segment_pb2.Segment]
     """Creates a segment.
@@ -172,10 +184,22 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
     CompareProfiles: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.CompareProfilesRequest, _profile_service_pb2.CompareProfilesResponse]  # type: ignore[assignment]
-    """Says how alike two shoppers are, and in what."""
+    """Says how alike two shoppers are, and in what. The order of the two does not
+    matter.
+
+    Fails with `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
+    """
     MergeUsers: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.MergeUsersRequest, _profile_service_pb2.MergeUsersResponse]  # type: ignore[assignment]
     """Joins the history of an anonymous visitor to the shopper who signed in. From
-    then on both ids stand for the one shopper. Repeating it changes nothing.
+    then on both ids stand for the one shopper: asked for by either, and told to
+    watchers under each. Repeating it changes nothing, and it cannot be undone.
+
+    The log stays as it was recorded. To delete from it, name both ids to
+    feedback's `ForgetUser`; once the shopper is erased, the visitor's events are
+    shown no more either way.
+
+    Fails with `USER_ALREADY_MERGED`, `USER_FORGOTTEN`, `TOO_MANY_MERGES`,
+    `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
     """
     CreateSegment: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.CreateSegmentRequest, _segment_pb2.Segment]  # type: ignore[assignment]
     """Creates a segment.
@@ -301,7 +325,11 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profile_service_pb2.CompareProfilesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.CompareProfilesResponse, _abc.Awaitable[_profile_service_pb2.CompareProfilesResponse]]:
-        """Says how alike two shoppers are, and in what."""
+        """Says how alike two shoppers are, and in what. The order of the two does not
+        matter.
+
+        Fails with `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
+        """
 
     @_abc_1.abstractmethod
     def MergeUsers(
@@ -310,7 +338,15 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_profile_service_pb2.MergeUsersResponse, _abc.Awaitable[_profile_service_pb2.MergeUsersResponse]]:
         """Joins the history of an anonymous visitor to the shopper who signed in. From
-        then on both ids stand for the one shopper. Repeating it changes nothing.
+        then on both ids stand for the one shopper: asked for by either, and told to
+        watchers under each. Repeating it changes nothing, and it cannot be undone.
+
+        The log stays as it was recorded. To delete from it, name both ids to
+        feedback's `ForgetUser`; once the shopper is erased, the visitor's events are
+        shown no more either way.
+
+        Fails with `USER_ALREADY_MERGED`, `USER_FORGOTTEN`, `TOO_MANY_MERGES`,
+        `CATCH_UP_TIMEOUT`, `LOG_UNAVAILABLE`, `DATABASE_UNAVAILABLE`.
         """
 
     @_abc_1.abstractmethod
