@@ -27,9 +27,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from shared import errors, grpc_status
 from shared.admission import Admission, Priority
+from shared.authentication import Authenticator, TokenVerifier
+from shared.authorization import Gatekeeper
 from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
 from shared.telemetry import Telemetry, current_trace_id
+from shared.tls import TlsDirectory, refuse_plain_text
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
@@ -58,6 +61,9 @@ class GrpcServer:
         service_names: full names of those services, for health and reflection.
         workers: threads; default from the settings.
         priorities: of methods, by their name; the others are NORMAL. Under overload LOW is refused first.
+
+    Raises:
+        FailedPrecondition: neither TLS nor plain text on loopback is configured, or a file of it cannot be used.
     """
 
     def __init__(
@@ -80,6 +86,9 @@ class GrpcServer:
         self._drain_callbacks: list[Callable[[], None]] = []
         threads = workers or settings.workers
         admission = Admission(threads, settings.max_queue_seconds)
+        self._tls = TlsDirectory(settings.tls) if settings.tls is not None else None
+        if self._tls is None:
+            refuse_plain_text(settings.listen, settings.insecure)
         self._server = grpc.server(
             AdmittedPool(threads, admission),
             interceptors=[
@@ -87,6 +96,7 @@ class GrpcServer:
                     telemetry,
                     self._draining,
                     LoadShedding(admission, priorities or {}),
+                    gatekeeper_of(settings),
                     max_stream_age_seconds=settings.max_stream_age_seconds,
                     # A quarter of the threads stays free for short calls and health checks.
                     max_streams=max(1, threads * 3 // 4),
@@ -115,6 +125,7 @@ class GrpcServer:
         # Liveness: the process answers. It never depends on a dependency.
         self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
         self.port = 0
+        self._probes: grpc.Server | None = None
 
     def start(self) -> int:
         """Binds and starts; returns the port.
@@ -122,15 +133,17 @@ class GrpcServer:
         Raises:
             FailedPrecondition: the address cannot be had.
         """
-        try:
-            self.port = self._server.add_insecure_port(self._settings.listen)
-        except RuntimeError as error:
-            raise errors.FailedPrecondition(
-                "ADDRESS_UNAVAILABLE",
-                f"{self._settings.listen} cannot be listened on: it is taken, or not of this machine. End the "
-                "other process, or set SHOPKEEPER_LISTEN to another host:port.",
-                {"address": self._settings.listen},
-            ) from error
+        settings, tls = self._settings, self._tls
+        self.port = _bind(
+            self._server, settings.listen, tls.server_credentials() if tls else None, "SHOPKEEPER_LISTEN"
+        )
+        if tls is not None and settings.token_listen is not None:
+            credentials = tls.server_credentials(client_certificates=False)
+            _bind(self._server, settings.token_listen, credentials, "SHOPKEEPER_TOKEN_LISTEN")
+        if settings.health_listen is not None:
+            self._probes = grpc.server(futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="probe"))
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probes)
+            _bind(self._probes, settings.health_listen, None, "SHOPKEEPER_HEALTH_LISTEN")
         try:
             self._telemetry.serve_metrics()
         except OSError as error:
@@ -140,6 +153,8 @@ class GrpcServer:
                 "or to 0.",
             ) from error
         self._server.start()
+        if self._probes is not None:
+            self._probes.start()
         return self.port
 
     def set_ready(self, ready: bool, reason: str = "") -> None:
@@ -180,6 +195,8 @@ class GrpcServer:
             except Exception:
                 self._telemetry.logger.exception("drain callback failed")
         self._server.stop(grace_seconds).wait()
+        if self._probes is not None:
+            self._probes.stop(None)
         self._telemetry.close()
         self._stopped.set()
 
@@ -195,6 +212,40 @@ class _Health(health.HealthServicer):
 
         check.experimental_thread_pool = pool  # type: ignore[attr-defined]
         self.Check = check  # type: ignore[method-assign]
+
+
+def gatekeeper_of(settings: ServiceSettings) -> Gatekeeper | None:
+    """Returns who admits calls; None where plain text on loopback was asked for.
+
+    Raises:
+        FailedPrecondition: TLS without a policy, or a file that cannot be used.
+    """
+    if settings.tls is None:
+        return None
+    if settings.policy is None:
+        raise errors.FailedPrecondition(
+            "POLICY_UNUSABLE",
+            "SHOPKEEPER_TLS is set and SHOPKEEPER_POLICY is not: nobody could call anything. Set it to the file that "
+            "says who may call what; deploy/k8s/base/policy.yaml is one to begin with.",
+        )
+    tokens = None
+    if settings.token_keys is not None:
+        tokens = TokenVerifier(settings.token_keys, settings.token_issuer, settings.token_audience)
+    return Gatekeeper(settings.policy, Authenticator(tokens))
+
+
+def _bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials | None, setting: str) -> int:
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        raise errors.FailedPrecondition(
+            "ADDRESS_UNAVAILABLE",
+            f"{address} cannot be listened on: it is taken, or not of this machine. End the "
+            f"other process, or set {setting} to another host:port.",
+            {"address": address},
+        ) from error
 
 
 def run_service(main: Callable[[], None]) -> None:
@@ -227,6 +278,7 @@ class _CallInterceptor(grpc.ServerInterceptor):
         telemetry: Telemetry,
         draining: threading.Event,
         shedding: LoadShedding,
+        gatekeeper: Gatekeeper | None,
         *,
         max_stream_age_seconds: float,
         max_streams: int,
@@ -235,6 +287,7 @@ class _CallInterceptor(grpc.ServerInterceptor):
         self._draining = draining
         self._shedding = shedding
         self._told_at = -math.inf
+        self._gatekeeper = gatekeeper
         self._max_stream_age_seconds = max_stream_age_seconds
         self._max_streams = max_streams
         self._streams = threading.BoundedSemaphore(max_streams)
@@ -248,7 +301,7 @@ class _CallInterceptor(grpc.ServerInterceptor):
             handler = continuation(details)
             # Unknown methods are not remembered: a caller must not be able to fill the memory with names.
             if handler is None:
-                return None
+                return self._unknown() if self._gatekeeper is not None else None
             wrapped = self._wrapped[method] = self._wrap(method, handler)
         call = self._calls.get(method)
         if call is None:
@@ -277,9 +330,10 @@ class _CallInterceptor(grpc.ServerInterceptor):
             (True, True): ("bidi_stream", handler.stream_stream, grpc.stream_stream_rpc_method_handler),
         }
         kind, behavior, make = kinds[handler.request_streaming, handler.response_streaming]
-        if service.startswith("grpc."):  # Health and reflection bring their own manners.
+        # Health and reflection bring their own manners; the contract is no secret, but for those who may know it.
+        if service == health.SERVICE_NAME or (service.startswith("grpc.") and self._gatekeeper is None):
             return handler
-        call = self._calls[method] = _Call(self._telemetry, service, name, kind)
+        call = self._calls[method] = _Call(self._telemetry, service, name, kind, method, self._gatekeeper)
         if handler.response_streaming:
             wrapped = self._streaming(call, behavior)
         elif handler.request_streaming:
@@ -287,6 +341,11 @@ class _CallInterceptor(grpc.ServerInterceptor):
         else:
             wrapped = self._unary(call, behavior)
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    def _unknown(self) -> grpc.RpcMethodHandler:
+        # Admitted by no policy, so refused in the words that forbidden methods are refused in.
+        call = _Call(self._telemetry, "unknown", "unknown", "unary", "", self._gatekeeper)
+        return grpc.unary_unary_rpc_method_handler(self._unary(call, lambda _request, _context: None))
 
     def _unary(self, call: _Call, behavior: Any) -> Any:
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
@@ -298,6 +357,7 @@ class _CallInterceptor(grpc.ServerInterceptor):
                     )
                 else:
                     try:
+                        observation.admit()
                         return behavior(request, context)
                     except Exception as error:
                         observation.failed(error)
@@ -347,6 +407,11 @@ class _CallInterceptor(grpc.ServerInterceptor):
         return answer
 
     def _enter_stream(self, call: _Call, observation: _Observation) -> bool:
+        try:
+            observation.admit()
+        except Exception as error:
+            observation.failed(error)
+            return False
         if self._draining.is_set():
             observation.failed(errors.Unavailable("DRAINING", "This replica is stopping; connect again."))
             return False
@@ -369,8 +434,18 @@ class _CallInterceptor(grpc.ServerInterceptor):
 class _Call:
     """What is known of a method before anybody calls it."""
 
-    def __init__(self, telemetry: Telemetry, service: str, method: str, kind: str) -> None:
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        service: str,
+        method: str,
+        kind: str,
+        path: str,
+        gatekeeper: Gatekeeper | None,
+    ) -> None:
         self.telemetry = telemetry
+        self.path = path
+        self.gatekeeper = gatekeeper
         self.service = service
         self.method = method
         self.kind = kind
@@ -390,12 +465,13 @@ class _Call:
 class _Observation:
     """One call under way."""
 
-    __slots__ = ("_attached", "_call", "_context", "_span", "_start", "error")
+    __slots__ = ("_attached", "_call", "_context", "_span", "_start", "caller", "error")
 
     def __init__(self, call: _Call, context: grpc.ServicerContext) -> None:
         self._call = call
         self._context = context
         self.error: Exception | None = None
+        self.caller = ""
         self._span: Any = None
         self._attached: Any = None
 
@@ -411,6 +487,13 @@ class _Observation:
             )
             self._attached = trace_context.attach(trace.set_span_in_context(self._span, parent))
         return self
+
+    def admit(self) -> None:
+        """Checks that the caller may call this, where there is a policy; fails as `Gatekeeper.admit` does."""
+        if self._call.gatekeeper is not None:
+            self.caller = self._call.gatekeeper.admit(self._context, self._call.path)
+            if self._span is not None:
+                self._span.set_attribute("shopkeeper.caller", self.caller)
 
     def failed(self, error: Exception) -> None:
         self.error = error
@@ -452,6 +535,8 @@ class _Observation:
             "code": code,
             "ms": round(seconds * 1e3, 1),
         }
+        if self.caller:
+            values["caller"] = self.caller
         if isinstance(error, errors.DataLoss):
             logger.error("call failed", reason=error.reason, message=error.message, **values)
         elif isinstance(error, errors.ShopkeeperError):

@@ -68,6 +68,36 @@ class ServiceSettings(BaseSettings):
     max_stream_age_seconds: float = Field(
         1800.0, gt=0, description="A stream older than this is ended; clients reconnect."
     )
+    tls: Path | None = Field(
+        None,
+        description="Directory with tls.crt, tls.key and ca.crt for mutual TLS 1.3; read again when they change.",
+    )
+    insecure: bool = Field(
+        False,
+        validation_alias=AliasChoices("insecure", "INSECURE", "SHOPKEEPER_INSECURE"),
+        description="Plain text and no authorisation; refused on any address but loopback.",
+    )
+    policy: Path | None = Field(
+        None,
+        description="File that says which identity may call which RPC, see docs/security.md. Needed with `tls`.",
+    )
+    token_keys: Path | None = Field(
+        None,
+        description="JSON Web Key Set of the issuer whose tokens name callers. Unset: certificates alone do.",
+    )
+    token_issuer: str = Field(
+        "https://kubernetes.default.svc.cluster.local", description="The `iss` of those tokens."
+    )
+    token_audience: str = Field("shopkeeper", description="The `aud` that they must be bound to.")
+    token_listen: Address | None = Field(
+        None,
+        description="Second host:port, TLS without a client certificate, for callers that bring a token.",
+    )
+    health_listen: Address | None = Field(
+        None,
+        description="Third host:port, plain text, that answers health checks and nothing else: probes of "
+        "Kubernetes show no certificate.",
+    )
     otlp_endpoint: str | None = Field(
         None,
         validation_alias=AliasChoices("otlp_endpoint", "OTEL_EXPORTER_OTLP_ENDPOINT"),

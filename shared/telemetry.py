@@ -42,7 +42,9 @@ class Telemetry:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
             provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
-            exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint, insecure=True)
+            exporter = OTLPSpanExporter(
+                endpoint=settings.otlp_endpoint, insecure=not settings.otlp_endpoint.startswith("https://")
+            )
             provider.add_span_processor(BatchSpanProcessor(exporter))
             trace.set_tracer_provider(provider)
             self._provider: TracerProvider | None = provider

@@ -36,7 +36,7 @@ from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.rehearsal import Rehearser, RequestRecorder
 from services.recommend.use_cases.status import StatusReader
 from services.recommend.use_cases.world import WorldHolder
-from shared.channel import open_channel
+from shared.channel import open_channel, tls_of
 from shared.keys import read_verifying_key
 from shared.privacy import Pseudonymizer
 from shared.server import GrpcServer, run_service
@@ -78,7 +78,7 @@ class RecommendService:
         self.catalog_store = CatalogStore(index)
         counts = LiveCounts()
         recorder = RequestRecorder(settings.recorded_requests)
-        self._channel = open_channel(settings.profile_address)
+        self._channel = open_channel(settings.profile_address, tls=tls_of(settings))
         self.profiles = ProfileClient(
             self._channel,
             index,

@@ -9,6 +9,7 @@ import grpc
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 
 from shared.channel import open_channel
+from shared.tls import TlsDirectory
 
 _SERVICE = "shopkeeper.profile.v1.CatalogService"
 _PAGE_SIZE = 1000
@@ -21,10 +22,11 @@ class CatalogueClient:
     Args:
         address: host:port of the profile service.
         timeout_seconds: for each page.
+        tls: own certificate; None for plain text on this machine.
     """
 
-    def __init__(self, address: str, timeout_seconds: float) -> None:
-        self._channel = open_channel(address, service=_SERVICE)
+    def __init__(self, address: str, timeout_seconds: float, tls: TlsDirectory | None = None) -> None:
+        self._channel = open_channel(address, service=_SERVICE, tls=tls)
         self._stub = catalog_service_pb2_grpc.CatalogServiceStub(self._channel)
         self._timeout_seconds = timeout_seconds
 

@@ -30,6 +30,7 @@ from services.trainer.settings import TrainerSettings
 from services.trainer.storage import PostgresRunStore, PublishingLease
 from shared.bundle import Bundle, Registry, load_bundle, write_bundle
 from shared.bundle.history import INTEREST_KINDS
+from shared.channel import tls_of
 from shared.database import Database
 from shared.errors import Aborted, Cancelled, DataLoss, ShopkeeperError, Unavailable
 from shared.keys import read_signing_key
@@ -136,7 +137,9 @@ def execute(
         _acquire(lease, run, heart)
         report("READING", "Reading the log.")
         events = _read(database, run.config)
-        catalogue = CatalogueClient(settings.profile_address, settings.catalogue_timeout_seconds)
+        catalogue = CatalogueClient(
+            settings.profile_address, settings.catalogue_timeout_seconds, tls_of(settings)
+        )
         try:
             attributes, why_none = catalogue.attributes()
         finally:

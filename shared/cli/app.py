@@ -21,6 +21,7 @@ from shared.cli import doctor as doctor_checks
 from shared.cli import import_data, people, recommendations
 from shared.cli import simulate as simulation
 from shared.cli import train as training
+from shared.cli.certs import TRUST_DOMAIN, issue_certificates
 from shared.cli.clients import Clients
 from shared.cli.demo import run_demo
 from shared.cli.installation import Installation, configured_addresses, process_alive
@@ -420,6 +421,33 @@ def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Say what is wrong with this installation, and how to mend it."""
     findings = doctor_checks.examine(Installation.from_environment(home))
     raise typer.Exit(doctor_checks.show_findings(findings, as_json=as_json))
+
+
+@app.command(epilog=EXIT_CODES)
+@reports_errors
+def certs(
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory of the authority and of the certificates.")
+    ] = Path("certs"),
+    trust_domain: Annotated[str, typer.Option("--trust-domain", help="Of the SPIFFE ids.")] = TRUST_DOMAIN,
+    days: Annotated[int, typer.Option("--days", min=1, max=825, help="Validity of the certificates.")] = 90,
+    host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--host", help="One more name or address of the services; may be repeated.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Make a certificate authority for development, and a certificate for each identity of the shipped policy.
+
+    Run it again to renew: the authority stays, running services take the new files without a restart. In
+    production let an issuer such as cert-manager do this.
+    """
+    for directory in issue_certificates(out, trust_domain=trust_domain, days=days, hosts=host or ()):
+        say(f"{directory}: tls.crt, tls.key, ca.crt")
+    say(
+        f"Valid for {days} days. A service takes one with SHOPKEEPER_TLS={out}/<name>; keep {out}/ca/ca.key to yourself."
+    )
 
 
 @app.command(epilog=EXIT_CODES)

@@ -12,8 +12,9 @@ from shopkeeper.profile.v1 import catalog_service_pb2_grpc, profile_service_pb2_
 from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
-from shared.channel import open_channel
+from shared.channel import open_channel, tls_of
 from shared.cli.installation import SERVICES, Installation
+from shared.settings import ServiceSettings, load_settings
 
 
 class Clients:
@@ -21,8 +22,9 @@ class Clients:
 
     def __init__(self, installation: Installation) -> None:
         self.addresses = installation.addresses()
+        tls = tls_of(load_settings(ServiceSettings))
         self.channels: dict[str, grpc.Channel] = {
-            name: open_channel(self.addresses[name], traced=False) for name in SERVICES
+            name: open_channel(self.addresses[name], traced=False, tls=tls) for name in SERVICES
         }
         self.feedback = feedback_service_pb2_grpc.FeedbackServiceStub(self.channels["feedback"])
         self.profile = profile_service_pb2_grpc.ProfileServiceStub(self.channels["profile"])
@@ -42,7 +44,7 @@ class Clients:
 
 def health_of(address: str, timeout_seconds: float = 2.0) -> str:
     """Returns SERVING, NOT_SERVING, …, or what kept the service from answering."""
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address, traced=False, tls=tls_of(load_settings(ServiceSettings))) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(), timeout=timeout_seconds

@@ -231,6 +231,8 @@ class Supervisor:
         host, _, port = self._addresses[name].rpartition(":")
         del host
         environment = {
+            # On one machine, unless certificates are configured: plain text on loopback, and said so.
+            **({} if load_settings(ServiceSettings).tls else {"INSECURE": "1"}),
             **os.environ,
             "SHOPKEEPER_HOME": str(self._installation.home),
             "SHOPKEEPER_LISTEN": self._addresses[name],

@@ -99,6 +99,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
     be read, or the one does not fit the other; the message says which column.
     """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
+    """Reasons of the process around every service begin at 100.
+
+    The caller showed neither a certificate with a SPIFFE id nor a valid token.
+    Code `UNAUTHENTICATED`. Remedy: docs/security.md says what is accepted.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 101
+    """The operator's policy does not let this caller call this method, or there is
+    no such method. Code `PERMISSION_DENIED`, before the request is looked at: it
+    tells nothing about what exists.
+    """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 102
+    """This caller makes more calls a second than its role may. Code
+    `RESOURCE_EXHAUSTED`, with `RetryInfo`. Metadata: `callsPerSecond`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed. An answer carries the name without `ERROR_REASON_` in
@@ -181,5 +196,20 @@ once. Remedy: narrow it. Metadata: `limit`.
 ERROR_REASON_IMPORT_REFUSED: ErrorReason.ValueType  # 20
 """`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
 be read, or the one does not fit the other; the message says which column.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
+"""Reasons of the process around every service begin at 100.
+
+The caller showed neither a certificate with a SPIFFE id nor a valid token.
+Code `UNAUTHENTICATED`. Remedy: docs/security.md says what is accepted.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 101
+"""The operator's policy does not let this caller call this method, or there is
+no such method. Code `PERMISSION_DENIED`, before the request is looked at: it
+tells nothing about what exists.
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 102
+"""This caller makes more calls a second than its role may. Code
+`RESOURCE_EXHAUSTED`, with `RetryInfo`. Metadata: `callsPerSecond`.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

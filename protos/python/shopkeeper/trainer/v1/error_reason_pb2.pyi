@@ -96,6 +96,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """This replica is stopping; connect again."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 30
     """The deadline passed before the answer was ready."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
+    """Reasons of the process around every service begin at 100.
+
+    The caller showed neither a certificate with a SPIFFE id nor a valid token.
+    Code `UNAUTHENTICATED`. Remedy: docs/security.md says what is accepted.
+    """
+    ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 101
+    """The operator's policy does not let this caller call this method, or there is
+    no such method. Code `PERMISSION_DENIED`, before the request is looked at: it
+    tells nothing about what exists.
+    """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 102
+    """This caller makes more calls a second than its role may. Code
+    `RESOURCE_EXHAUSTED`, with `RetryInfo`. Metadata: `callsPerSecond`.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call, or a run, failed. `google.rpc.ErrorInfo.reason` is the value
@@ -176,4 +191,19 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 29
 """This replica is stopping; connect again."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 30
 """The deadline passed before the answer was ready."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
+"""Reasons of the process around every service begin at 100.
+
+The caller showed neither a certificate with a SPIFFE id nor a valid token.
+Code `UNAUTHENTICATED`. Remedy: docs/security.md says what is accepted.
+"""
+ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 101
+"""The operator's policy does not let this caller call this method, or there is
+no such method. Code `PERMISSION_DENIED`, before the request is looked at: it
+tells nothing about what exists.
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 102
+"""This caller makes more calls a second than its role may. Code
+`RESOURCE_EXHAUSTED`, with `RetryInfo`. Metadata: `callsPerSecond`.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
