@@ -71,6 +71,11 @@ def main() -> None:
         action="store_true",
         help="leave out the baselines that take long (EASE, founding model)",
     )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="learn from the validation events too before measuring: another protocol than the published tables'",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
 
@@ -90,7 +95,7 @@ def main() -> None:
         events,
         {item: [str(value) for value in values] for item, values in attributes.items()},
         resolve(arguments.size, overrides),
-        Plan(max_test_users=sys.maxsize, full_ladder=not arguments.short_ladder),
+        Plan(max_test_users=sys.maxsize, full_ladder=not arguments.short_ladder, refit=arguments.refit),
         model_name="bench",
         seed=arguments.seed,
         report=report,

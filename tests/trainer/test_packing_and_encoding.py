@@ -16,7 +16,7 @@ from services.trainer.pipeline.dataset import (
     encode_attributes,
     hold_out,
 )
-from services.trainer.pipeline.packing import pack_for_training, pack_pieces, place_pieces
+from services.trainer.pipeline.packing import next_items, pack_for_training, pack_pieces, place_pieces
 from shared.bundle import history_from_events
 from tests.trainer.conftest import columns_of, walk
 
@@ -84,26 +84,63 @@ def test_an_encoder_that_answers_no_number_is_no_parity(model) -> None:
     assert parity == np.inf
 
 
-def test_the_sampled_loss_with_every_other_item_as_negative_is_the_full_loss() -> None:
+def test_a_token_learns_the_next_items_of_its_person_and_of_nobody_else() -> None:
+    histories = clean(columns_of([[0, 1, 2, 3], [4, 5]]), Cleaning())
+    assert next_items(histories, 3).tolist() == [
+        [1, 2, 3], [2, 3, -1], [3, -1, -1], [-1, -1, -1],
+        [5, -1, -1], [-1, -1, -1],
+    ]  # fmt: skip
+
+
+def losses_by_hand(query_MD, vector_ID, answer_MK, other_N, log_q: float) -> np.ndarray:
+    """The formula of the module in loops."""
+    found = np.zeros(answer_MK.shape)
+    for m, answers in enumerate(answer_MK.tolist()):
+        negatives = [
+            np.exp(np.float64(query_MD[m] @ vector_ID[n]) + log_q) for n in other_N if n not in answers
+        ]
+        for k, answer in enumerate(answers):
+            positive = np.exp(np.float64(query_MD[m] @ vector_ID[answer]))
+            found[m, k] = np.log(positive + sum(negatives)) - np.log(positive)
+    return found
+
+
+@pytest.mark.parametrize(("negatives", "full"), [(4, False), (64, True)])
+def test_the_loss_is_that_of_the_formula_with_own_targets_left_out(negatives: int, full: bool) -> None:
     import tensorflow as tf
 
     from services.trainer.pipeline.training import SequenceModel
 
-    size = resolve("tiny", {"negatives": 1})
-    attributes = ItemAttributes(np.zeros((10, 0), np.int32), 0)
-    model = SequenceModel(10, attributes, size, seed=1)
-    generator = np.random.default_rng(0)
-    query_MD = tf.constant(generator.normal(size=(4, 16)).astype(np.float32))
-    vector_ID = tf.constant(generator.normal(size=(10, 16)).astype(np.float32))
-    answer_M = tf.constant([2, 2, 2, 2])
-    others_N = tf.constant([i for i in range(10) if i != 2])
-    sampled = model._sampled_losses(query_MD, vector_ID, answer_M, others_N).numpy()
-    # log-Q stands for 9 items a draw here; nine draws need none.
-    uncorrected = -np.log(
-        np.exp(full_logits := (query_MD.numpy() @ vector_ID.numpy().T))[:, 2]
-        / (np.exp(full_logits[:, 2]) + 9 * np.exp(np.delete(full_logits, 2, axis=1)).sum(axis=1))
+    model = SequenceModel(
+        10, ItemAttributes(np.zeros((10, 0), np.int32), 0), resolve("tiny", {"negatives": negatives}), 1
     )
-    np.testing.assert_allclose(sampled, uncorrected, rtol=1e-4)
+    assert model.full_softmax == full
+    generator = np.random.default_rng(0)
+    query_MD = generator.normal(size=(4, 16)).astype(np.float32)
+    vector_ID = generator.normal(size=(10, 16)).astype(np.float32)
+    answer_MK = np.array([[2, 5, 7], [2, 2, 2], [0, 1, 9], [9, 8, 3]], np.int32)
+    other_N = np.arange(10) if full else np.array([2, 4, 4, 9])
+    found = model._losses(
+        tf.constant(query_MD), tf.constant(vector_ID), tf.constant(answer_MK), tf.constant(other_N, tf.int32)
+    )
+    # Each of four uniform draws stands for 9 / 4 items.
+    log_q = 0.0 if full else np.log(9 / 4)
+    np.testing.assert_allclose(
+        found, losses_by_hand(query_MD, vector_ID, answer_MK, other_N, log_q), rtol=1e-4
+    )
+
+
+def test_averaged_weights_follow_the_trained_ones_and_leave_them_as_they_were() -> None:
+    from services.trainer.pipeline.training import SequenceModel
+
+    model = SequenceModel(10, ItemAttributes(np.zeros((10, 0), np.int32), 0), resolve("tiny", {}), seed=1)
+    first = model.id_table.numpy().copy()
+    model.id_table.assign(first + 1.0)
+    model.average(passes=1)
+    # After one pass a quarter is remembered.
+    with model.averaged():
+        np.testing.assert_allclose(model.id_table.numpy(), first + 0.75, rtol=1e-5)
+    np.testing.assert_array_equal(model.id_table.numpy(), first + np.float32(1.0))
 
 
 def test_sparse_adam_moves_only_rows_that_were_read_and_as_adam_does() -> None:
@@ -135,7 +172,7 @@ def test_packing_loses_no_event_and_fills_its_rows() -> None:
         items = histories.item_E[histories.start_U1[user] : histories.start_U1[user + 1]].tolist()
         expected += list(itertools.pairwise(items))
     known = packed.segment_RT > 0
-    found = list(zip(packed.item_RT[known].tolist(), packed.target_RT[known].tolist(), strict=True))
+    found = list(zip(packed.item_RT[known].tolist(), packed.target_RTK[known][:, 0].tolist(), strict=True))
     assert sorted(found) == sorted(expected)
     assert packed.filled_share > 0.95
 
@@ -153,7 +190,7 @@ def test_no_two_pieces_share_a_place() -> None:
 def test_segments_are_distinct_within_a_row_and_last_tokens_are_found() -> None:
     item_E = np.arange(1, 10, dtype=np.int32)
     packed = pack_pieces(
-        np.array([0, 3, 5]), np.array([3, 2, 4]), item_E, item_E, np.full(9, -1, np.int32), 8
+        np.array([0, 3, 5]), np.array([3, 2, 4]), item_E, item_E, np.full((9, 1), -1, np.int32), 8
     )
     assert packed.item_RT.ravel()[packed.last_S].tolist() == [3, 5, 9]
     for row in packed.segment_RT:

@@ -54,7 +54,9 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     }
     passes = [entry for entry in journal if entry.epoch]
     assert passes
-    assert all(entry.step > 0 and entry.loss > 0 and entry.metrics[0].name == "ndcg@10" for entry in passes)
+    assert all(entry.step > 0 and entry.loss > 0 for entry in passes)
+    # Not every pass is measured; the last one is.
+    assert {metric.name for entry in passes for metric in entry.metrics} == {"ndcg@10"}
     resumed = list(
         stub.WatchTrainingRun(
             pb.WatchTrainingRunRequest(run_id=created.run_id, after_sequence_number=3), timeout=10

@@ -19,14 +19,17 @@ class HyperParameters:
         dropout: rate.
         negatives: shared negatives of the sampled softmax.
         learning_rate, warmup_steps: of Adam.
-        max_epochs, patience: training ends after so many passes, or so many without a better NDCG@10.
+        max_epochs: passes over the data at most.
+        patience: training ends after so many passes without a better NDCG@10.
+        targets: items after each event that it learns to foretell.
+        target_decay: weight of each of them relative to the one before.
         batch_tokens: tokens of a step.
         cooccurrence_window: events that the companion counts back.
         filter_share: share of the causal filter in a block's mixing.
         max_train_seconds: wall time of training, not of the run.
     """
 
-    dimension: int = 64
+    dimension: int = 128
     blocks: int = 1
     heads: int = 2
     max_history: int = 64
@@ -35,11 +38,13 @@ class HyperParameters:
     learning_rate: float = 2e-3
     warmup_steps: int = 100
     max_epochs: int = 200
-    patience: int = 4
+    patience: int = 10
+    targets: int = 3
+    target_decay: float = 0.3
     batch_tokens: int = 2048
     cooccurrence_window: int = 50
     filter_share: float = 0.7
-    max_train_seconds: int = 40
+    max_train_seconds: int = 600
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
@@ -73,6 +78,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_epochs": (1, 1000),
     "patience": (1, 1000),
     "batch_tokens": (64, 1 << 20),
+    "targets": (1, 10),
+    "target_decay": (0.0, 1.0),
     "cooccurrence_window": (1, 500),
     "filter_share": (0.0, 1.0),
     "max_train_seconds": (1, 604_800),
@@ -81,11 +88,11 @@ RANGES: dict[str, tuple[float, float]] = {
 SIZES: dict[str, HyperParameters] = {
     "tiny": HyperParameters(
         dimension=16, max_history=32, dropout=0.2, negatives=128, batch_tokens=512, warmup_steps=10,
-        max_epochs=15, patience=3, learning_rate=3e-3, max_train_seconds=15,
+        max_epochs=60, learning_rate=3e-3, max_train_seconds=15,
     ),
     "small": HyperParameters(),
     "base": HyperParameters(
-        dimension=128, blocks=2, heads=4, max_history=128, negatives=4096, batch_tokens=8192,
+        dimension=256, blocks=2, heads=4, max_history=128, negatives=4096, batch_tokens=8192,
         max_epochs=100, max_train_seconds=3600,
     ),
     # 12 * 1024^2 weights a block: 9 blocks hold 113 million, beside the item table. With its gradient and Adam that is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def draw_curve(
     left.set_xlabel("pass over the data")
     left.set_ylabel("training loss (nats an event)")
     right = left.twinx()
-    right.plot(epochs, ndcgs, color="tab:blue", label="validation NDCG@10")
+    # Not every pass is measured.
+    measured = [(epoch, ndcg) for epoch, ndcg in zip(epochs, ndcgs, strict=True) if math.isfinite(ndcg)]
+    right.plot(*zip(*measured, strict=True), color="tab:blue", marker=".", label="validation NDCG@10")
     right.axvline(best_epoch, color="tab:blue", linestyle=":", label=f"best pass: {best_epoch}")
     right.set_ylabel("validation NDCG@10")
     right.set_ylim(bottom=0)

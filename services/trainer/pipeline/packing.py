@@ -1,6 +1,6 @@
 """People packed into rows of tokens, so that short histories waste nothing. Pure NumPy.
 
-R = rows, T = tokens of a row, S = pieces of histories.
+R = rows, T = tokens of a row, S = pieces of histories, K = targets of a token.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class PackedRows:
         item_RT: item index, 0 in padding.
         kind_RT: event kind, 0 in padding.
         segment_RT: 1, 2, … for the pieces of a row, 0 in padding. Tokens of different segments never meet.
-        target_RT: the next item of the same person, -1 where there is none.
+        target_RTK: the next K items of the same person, nearest first, -1 where there is none.
         last_S: flat position (row * T + token) of each piece's last token.
     """
 
     item_RT: Int32
     kind_RT: Int32
     segment_RT: Int32
-    target_RT: Int32
+    target_RTK: Int32
     last_S: Int64
 
     @property
@@ -79,15 +79,15 @@ def pack_pieces(
     length_S: Int64,
     item_E: Int32,
     kind_E: Int32,
-    next_E: Int32,
+    next_EK: Int32,
     row_tokens: int,
     generator: np.random.Generator | None = None,
 ) -> PackedRows:
-    """Returns pieces of the flat arrays `item_E`, `kind_E`, `next_E` packed into rows.
+    """Returns pieces of the flat arrays `item_E`, `kind_E`, `next_EK` packed into rows.
 
     Args:
         start_S, length_S: where each piece lies; at most `row_tokens` long.
-        next_E: target of each event, -1 for none.
+        next_EK: targets of each event, (E, K), -1 for none.
     """
     row_S, offset_S, rows = place_pieces(length_S, row_tokens, generator)
     source = flat_positions(start_S, length_S)
@@ -100,29 +100,41 @@ def pack_pieces(
     segment_S[order] = np.arange(len(row_S)) - first + 1
 
     def spread(values: npt.NDArray[np.integer], empty: int) -> Int32:
-        flat = np.full(rows * row_tokens, empty, np.int32)
+        flat = np.full((rows * row_tokens, *values.shape[1:]), empty, np.int32)
         flat[place] = values
-        return flat.reshape(rows, row_tokens)
+        return flat.reshape(rows, row_tokens, *values.shape[1:])
 
     return PackedRows(
         item_RT=spread(item_E[source], 0),
         kind_RT=spread(kind_E[source], 0),
         segment_RT=spread(np.repeat(segment_S, length_S), 0),
-        target_RT=spread(next_E[source], -1),
+        target_RTK=spread(next_EK[source], -1),
         last_S=row_S * row_tokens + offset_S + length_S - 1,
     )
 
 
-def pack_for_training(histories: Histories, row_tokens: int, generator: np.random.Generator) -> PackedRows:
-    """Returns every event that has a next one, with that as target.
+def next_items(histories: Histories, count: int) -> Int32:
+    """Returns the `count` items that follow each event of the same person, (E, K), -1 where there is none."""
+    end_E = np.repeat(histories.start_U1[1:], histories.length_U)
+    following_EK = np.arange(len(end_E))[:, None] + np.arange(1, count + 1)
+    within_EK = following_EK < end_E[:, None]
+    return np.where(within_EK, histories.item_E[np.where(within_EK, following_EK, 0)], -1).astype(np.int32)
+
+
+def pack_for_training(
+    histories: Histories, row_tokens: int, generator: np.random.Generator, targets: int = 1
+) -> PackedRows:
+    """Returns every event that has a next one, with the next `targets` items.
 
     A history longer than a row is cut from its end, so that the newest piece is full; the last token
-    of a piece still knows its target, the first of the next.
+    of a piece still knows its targets, the first of the next.
     """
-    next_E = np.full(len(histories.item_E), -1, np.int32)
-    next_E[:-1] = histories.item_E[1:]
-    ends = histories.start_U1[1:][histories.length_U > 0] - 1
-    next_E[ends] = -1
+    if not len(histories.item_E):
+        nothing = np.zeros((0, row_tokens), np.int32)
+        return PackedRows(
+            nothing, nothing, nothing, np.zeros((0, row_tokens, targets), np.int32), np.zeros(0, np.int64)
+        )
+    next_EK = next_items(histories, targets)
     # The last event has no target: it need not be read at all.
     usable_U = np.maximum(histories.length_U - 1, 0)
     pieces_U = -(-usable_U // row_tokens)
@@ -131,7 +143,7 @@ def pack_for_training(histories: Histories, row_tokens: int, generator: np.rando
     end_S = histories.start_U1[user_S] + usable_U[user_S] - number_S * row_tokens
     start_S = np.maximum(end_S - row_tokens, histories.start_U1[user_S])
     return pack_pieces(
-        start_S, end_S - start_S, histories.item_E, histories.kind_E, next_E, row_tokens, generator
+        start_S, end_S - start_S, histories.item_E, histories.kind_E, next_EK, row_tokens, generator
     )
 
 
@@ -139,5 +151,5 @@ def pack_for_encoding(histories: Histories, held_out: HeldOut, row_tokens: int) 
     """Returns the newest `row_tokens` events before each held-out one; `last_S` are the places of its answers."""
     length_S = np.minimum(held_out.prefix_B, row_tokens)
     start_S = histories.start_U1[held_out.user_B] + held_out.prefix_B - length_S
-    nothing_E = np.full(len(histories.item_E), -1, np.int32)
-    return pack_pieces(start_S, length_S, histories.item_E, histories.kind_E, nothing_E, row_tokens)
+    nothing_EK = np.full((len(histories.item_E), 0), -1, np.int32)
+    return pack_pieces(start_S, length_S, histories.item_E, histories.kind_E, nothing_EK, row_tokens)

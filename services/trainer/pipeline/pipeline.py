@@ -84,7 +84,8 @@ class Plan:
     Attributes:
         cleaning: who and what takes part.
         exclude_seen: leave seen items out of rankings.
-        refit: train on with the held-out events.
+        refit: train on with the held-out events: with those of validation before measuring, with all before
+            serving. Without it nothing that is measured ever learned from a held-out event.
         force: promote whatever the gate says.
         max_test_users, resamples, confidence: of the evaluation.
         max_size_bytes: of the version.
@@ -151,14 +152,14 @@ class _Rest:
         # Ranking with every contestant, scores and sorting, on one core.
         self._evaluation_seconds = 2.0 + 2.5e-7 * cells + extra_seconds
         self._budget = budget
+        self.steps_per_pass = 0
 
     def while_fitting(self) -> float:
         return self._budget.left + self._evaluation_seconds + _EXPORT_SECONDS
 
     def while_refitting(self, passes: int, evaluated: bool) -> float:
-        seconds = self._budget.refit_seconds(1) / 2 * passes if passes else 0.0
         return (
-            min(seconds, self._budget.left)
+            min(self._budget.seconds_of(passes * self.steps_per_pass), self._budget.left)
             + _EXPORT_SECONDS
             + (0.0 if evaluated else self._evaluation_seconds)
         )
@@ -238,7 +239,7 @@ def train_model(
     report("TRAINING", "Building the model.", remaining_seconds=rest.while_fitting())
     # Imported here: too little data is found out without TensorFlow's seconds and memory.
     from services.trainer.pipeline.export import convert, measure_parity
-    from services.trainer.pipeline.training import EpochReport, SequenceModel, train
+    from services.trainer.pipeline.training import EpochReport, SequenceModel, refit, train
 
     cpu_before, wall_before = time.process_time(), time.monotonic()
     budget.resume()
@@ -255,19 +256,27 @@ def train_model(
         nonlocal told_at
         if done < steps and time.monotonic() - told_at >= _SECONDS_BETWEEN_STEPS:
             told_at = time.monotonic()
-            report("TRAINING", f"Step {done} of {steps}.", remaining_seconds=rest.while_fitting())
+            fitting = min(budget.seconds_of(steps - done), budget.fitting_left) or budget.fitting_left
+            report(
+                "TRAINING",
+                f"Step {done} of {steps}.",
+                remaining_seconds=rest.while_fitting() - budget.fitting_left + fitting,
+            )
 
     def on_epoch(epoch: EpochReport) -> None:
         nonlocal told_at
         told_at = time.monotonic()
+        rest.steps_per_pass = epoch.steps_per_epoch
+        measured = np.isfinite(epoch.validation_ndcg)
+        found = f", validation NDCG@10 {epoch.validation_ndcg:.4f}" if measured else ""
         report(
             "TRAINING",
-            f"Pass {epoch.epoch}: loss {epoch.loss:.3f}, validation NDCG@10 {epoch.validation_ndcg:.4f}.",
+            f"Pass {epoch.epoch}: loss {epoch.loss:.3f}{found}.",
             step=epoch.step,
             epoch=epoch.epoch,
             max_epochs=size.max_epochs,
             loss=epoch.loss,
-            metrics={"ndcg@10": epoch.validation_ndcg},
+            metrics={"ndcg@10": epoch.validation_ndcg} if measured else {},
             remaining_seconds=rest.while_fitting(),
         )
 
@@ -307,10 +316,24 @@ def train_model(
 
         return on_pass
 
+    def refit_with(known: Histories, number: int, what: str, evaluated: bool) -> int:
+        budget.resume()
+        allowed = budget.spent + budget.share_of_left(number)
+        made = refit(
+            model,
+            known,
+            refit_passes,
+            generator,
+            lambda: should_stop() or budget.spent >= allowed,
+            on_refit(what, evaluated),
+        )
+        budget.pause()
+        return made
+
     # The measured model may know the validation events: they are older than what it must foretell.
-    passes_before = _refit(
-        model, before_test, refit_passes, 0, budget, generator, should_stop, on_refit("the validation events", False)
-    )  # fmt: skip
+    passes_before = refit_with(before_test, 0, "the validation events", False)
+    known_U = split.before_test_U if plan.refit else split.training_U
+    known = before_test if plan.refit else training
 
     report(
         "EVALUATING",
@@ -319,23 +342,23 @@ def train_model(
     )
     train_cpu_seconds = time.process_time() - cpu_before
     train_wall_seconds = time.monotonic() - wall_before
-    neighbours = _baselines(histories, training, before_test, validation, size, plan)
+    neighbours = _baselines(histories, training, known, validation, size, plan)
     check()
     factors = {}
     if plan.full_ladder:
         from services.trainer.pipeline.founding_model import train_founding_model
 
         factors[FOUNDING] = train_founding_model(
-            training, before_test, histories, validation, test, exclude, seed, check
+            training, known, histories, validation, test, exclude, seed, check
         )
-    counts.add(histories, split.training_U, split.before_test_U)
-    decayed_I = popularity(before_test, half_life_days)
+    counts.add(histories, split.training_U, known_U)
+    decayed_I = popularity(known, half_life_days)
     contestants = Contestants(
         model.item_vectors(),
         popularity_bias(decayed_I, mu),
         counts.matrix(),
         scoring,
-        popularity(before_test),
+        popularity(known),
         decayed_I,
         neighbours,
         factors,
@@ -360,9 +383,7 @@ def train_model(
         metrics={name: interval.value for name, interval in blend.metrics.items()},
         remaining_seconds=rest.while_refitting(refit_passes, True),
     )
-    passes_after = _refit(
-        model, histories, refit_passes, 1, budget, generator, should_stop, on_refit("every event", True)
-    )  # fmt: skip
+    passes_after = refit_with(histories, 1, "every event", True)
 
     report(
         "EXPORTING",
@@ -371,7 +392,7 @@ def train_model(
     )
     encoder_bytes = convert(model.encoder)
     parity, encoder_milliseconds = measure_parity(model, encoder_bytes, histories, test)
-    counts.add(histories, split.before_test_U)
+    counts.add(histories, known_U)
     everything = counts.matrix()
     decayed_I = popularity(histories, half_life_days)
     arrays: dict[str, npt.NDArray[Any]] = {
@@ -551,30 +572,6 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _refit(
-    model: Any,
-    histories: Histories,
-    passes: int,
-    number: int,
-    budget: Budget,
-    generator: np.random.Generator,
-    should_stop: Callable[[], bool],
-    on_pass: Callable[[int, float], None],
-) -> int:
-    """Makes passes with more events until they are made or this refit's time is up; returns those begun."""
-    budget.resume()
-    allowed = budget.spent + budget.share_of_left(number)
-    made = 0
-    for _ in range(passes):
-        if budget.spent >= allowed:
-            break
-        loss = model.train_epoch(histories, generator, lambda: should_stop() or budget.spent >= allowed)
-        made += 1
-        on_pass(made, loss)
-    budget.pause()
-    return made
-
-
 def _is_simulated(histories: Histories, attributes_of: Mapping[str, Sequence[str]]) -> bool:
     """Returns whether any item comes from the simulated shop, which marks each with the attribute `simulated`."""
     return any("simulated=True" in attributes_of.get(item_id, ()) for item_id in histories.item_ids)
@@ -607,7 +604,7 @@ def _for_card(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_refit(before: int, after: int) -> str:
     if not before and not after:
-        return "The weights served never saw the held-out events."
+        return "The weights measured and served never saw the held-out events; the counts served know every event."
     return (
         f"Before measuring, {before} more passes included the validation events; after measuring, {after} more "
         "included every event. The weights served are the latter: they know more than those measured."

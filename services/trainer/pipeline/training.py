@@ -1,11 +1,18 @@
-"""The training loop: softmax over the catalogue, sparse Adam on the tables, early stopping.
+"""The training loop: softmax over the catalogue, sparse Adam on the tables, averaged weights.
 
-U = distinct items of a step, N = negatives, M = tokens with a target. See `transformer` for the rest.
+U = distinct items of a step, N = negatives, M = tokens with a target, K = targets of a token. See `transformer` for
+the rest.
+
+    loss = sum_mk w_k (log(exp s_mk + sum_n exp(s_mn + log Q)) - s_mk) / sum_mk w_k
+
+s is the product of query and item vector; target k is the k-th next item, w_k = target_decay^(k - 1); negatives are
+drawn alike for all tokens, a token's own targets left out, or are the whole catalogue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +23,7 @@ from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
 from services.trainer.pipeline.packing import PackedRows, pack_for_encoding, pack_for_training
+from services.trainer.pipeline.schedule import Schedule, rows_of_step
 from services.trainer.pipeline.transformer import Encoder, allowed_within_segments
 from shared.errors import FailedPrecondition
 
@@ -23,10 +31,17 @@ Float32 = npt.NDArray[np.float32]
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 _INITIAL_STDDEV = 0.02
-# A small shop's pass is a few steps: patience in passes alone would give up during the warm-up.
-_PATIENCE_STEPS = 250
-# Less than this is noise, and no reason to go on.
-_PROGRESS = 1.002
+# The weights that are served are a moving average of those that are trained (Polyak & Juditsky, 1992), of a window
+# that grows with the passes made: at first there is nothing worth remembering.
+_AVERAGING_STEPS = 8
+_AVERAGING_KEEP = 0.99**_AVERAGING_STEPS
+_AVERAGING_PASSES = 3
+# Steps whose time tells how many the budget allows; the first ones build the graph.
+_PROBE_FROM, _PROBE_TO = 4, 24
+# More often than this many times validation would cost more than it tells.
+_VALIDATIONS = 10
+# Of the peak, where refitting begins: it shall add what is new and disturb nothing.
+_REFIT_RATE_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +97,20 @@ class SequenceModel:
             (tf.Variable(tf.zeros_like(v)), tf.Variable(tf.zeros_like(v)))
             for v in [*self._tables, *self.dense]
         ]
+        self._averages = [tf.Variable(v) for v in [*self._tables, *self.dense]]
+        self._average_step = tf.function(
+            self._average_eagerly, input_signature=[tf.TensorSpec((), tf.float32)], autograph=False
+        )
         self.step_count = tf.Variable(0, dtype=tf.int32)
         self.learning_rate = tf.Variable(size.learning_rate, dtype=tf.float32)
+        self._target_weight_K = tf.constant(
+            [size.target_decay**number for number in range(size.targets)], tf.float32
+        )
         self.full_softmax = item_count <= 2 * size.negatives
         rows, length = size.rows_per_step, size.max_history
         # Fixed shapes: another shape would trace the graph anew.
         token = tf.TensorSpec((rows, length), tf.int32)
-        self._train_step = tf.function(
-            self._train_step_eagerly,
-            input_signature=[token, token, token, token, tf.TensorSpec((None,), tf.int32)],
-            autograph=False,
-        )
+        self._steps: dict[int, Callable[..., tuple[tf.Tensor, tf.Tensor]]] = {}
         self._encode_rows = tf.function(
             self._encode_rows_eagerly, input_signature=[token, token, token], autograph=False
         )
@@ -104,21 +122,26 @@ class SequenceModel:
         item_BT: tf.Tensor,
         kind_BT: tf.Tensor,
         segment_BT: tf.Tensor,
-        target_BT: tf.Tensor,
+        target_BTK: tf.Tensor,
         negative_N: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Makes one step; returns the summed loss and the number of targets."""
-        place_M = tf.where(tf.reshape(target_BT, [-1]) >= 0)[:, 0]
-        target_M = tf.gather(tf.reshape(target_BT, [-1]), place_M)
+        """Makes one step; returns the summed loss and the sum of the targets' weights."""
+        targets = self.size.targets
+        place_M = tf.where(tf.reshape(target_BTK[:, :, 0], [-1]) >= 0)[:, 0]
+        target_MK = tf.gather(tf.reshape(target_BTK, [-1, targets]), place_M)
+        weight_MK = tf.where(target_MK >= 0, self._target_weight_K[None, :], 0.0)
+        # A place without a target stands in with the first one, at weight 0.
+        target_MK = tf.where(target_MK >= 0, target_MK, target_MK[:, :1])
         if self.full_softmax:
             item_U = tf.range(self.item_count)
-            input_BT, answer_M, other_N = item_BT, target_M, item_U
+            input_BT, answer_MK, other_N = item_BT, target_MK, item_U
         else:
-            everything = tf.concat([tf.reshape(item_BT, [-1]), target_M, negative_N], 0)
+            everything = tf.concat([tf.reshape(item_BT, [-1]), tf.reshape(target_MK, [-1]), negative_N], 0)
             item_U, place = tf.unique(everything)
-            tokens, targets = tf.size(item_BT), tf.size(target_M)
+            tokens, answers = tf.size(item_BT), tf.size(target_MK)
             input_BT = tf.reshape(place[:tokens], tf.shape(item_BT))
-            answer_M, other_N = place[tokens : tokens + targets], place[tokens + targets :]
+            answer_MK = tf.reshape(place[tokens : tokens + answers], tf.shape(target_MK))
+            other_N = place[tokens + answers :]
         id_rows_UD = tf.gather(self.id_table, item_U)
         attribute_U = tf.zeros([0], tf.int32)
         attribute_place_UP = attribute_weight_UP = None
@@ -141,44 +164,36 @@ class SequenceModel:
                 tf.gather(vector_UD, input_BT), kind_BT, allowed_within_segments(segment_BT), seed_2
             )
             query_MD = tf.gather(tf.reshape(query_BTD, [-1, self.size.dimension]), place_M)
-            losses_M = (
-                self._full_losses(query_MD, vector_UD, answer_M)
-                if self.full_softmax
-                else self._sampled_losses(query_MD, vector_UD, answer_M, other_N)
-            )
-            loss = tf.reduce_mean(losses_M)
+            losses_MK = weight_MK * self._losses(query_MD, vector_UD, answer_MK, other_N)
+            loss = tf.reduce_sum(losses_MK) / tf.maximum(tf.reduce_sum(weight_MK), 1e-6)
         # Of what was gathered twice, the sum: the rows are distinct, so their gradients are small and dense.
         gradients = [
             None if gradient is None else tf.convert_to_tensor(gradient)
             for gradient in tape.gradient(loss, [id_rows_UD, attribute_rows, *self.dense])
         ]
         self._apply(item_U, attribute_U, gradients)
-        return tf.reduce_sum(losses_M), tf.size(target_M)
+        return tf.reduce_sum(losses_MK), tf.reduce_sum(weight_MK)
 
-    def _full_losses(self, query_MD: tf.Tensor, vector_ID: tf.Tensor, answer_M: tf.Tensor) -> tf.Tensor:
-        logits_MI = tf.matmul(query_MD, vector_ID, transpose_b=True)
-        return tf.nn.sparse_softmax_cross_entropy_with_logits(answer_M, logits_MI)
-
-    def _sampled_losses(
-        self, query_MD: tf.Tensor, vector_UD: tf.Tensor, answer_M: tf.Tensor, other_N: tf.Tensor
+    def _losses(
+        self, query_MD: tf.Tensor, vector_UD: tf.Tensor, answer_MK: tf.Tensor, other_N: tf.Tensor
     ) -> tf.Tensor:
-        positive_M = tf.reduce_sum(query_MD * tf.gather(vector_UD, answer_M), axis=1)
+        """Returns -log softmax of each answer against the negatives, (M, K)."""
+        positive_MK = tf.einsum("md,mkd->mk", query_MD, tf.gather(vector_UD, answer_MK))
         logits_MN = tf.matmul(query_MD, tf.gather(vector_UD, other_N), transpose_b=True)
-        # log-Q: each of N uniform draws stands for I / N items (Jean et al., 2015).
-        logits_MN += float(np.log((self.item_count - 1) / self.size.negatives))
-        logits_MN = tf.where(answer_M[:, None] == other_N[None, :], -1e9, logits_MN)
-        largest_M = tf.stop_gradient(tf.maximum(tf.reduce_max(logits_MN, axis=1), positive_M))
-        partition_M = tf.exp(positive_M - largest_M) + tf.reduce_sum(
-            tf.exp(logits_MN - largest_M[:, None]), axis=1
+        if not self.full_softmax:
+            # log-Q: each of N uniform draws stands for I / N items (Jean et al., 2015).
+            logits_MN += float(np.log((self.item_count - 1) / self.size.negatives))
+        own_MN = tf.reduce_any(answer_MK[:, :, None] == other_N[None, None, :], axis=1)
+        # log(e^s + sum e^t) - s, s and t of any size.
+        return tf.math.softplus(
+            tf.reduce_logsumexp(tf.where(own_MN, -1e9, logits_MN), axis=1, keepdims=True) - positive_MK
         )
-        return tf.math.log(partition_M) + largest_M - positive_M
 
     def _apply(self, item_U: tf.Tensor, attribute_U: tf.Tensor, gradients: list[tf.Tensor]) -> None:
         """Adam (Kingma & Ba, 2015); of the tables only the rows that the step read (as in LazyAdam)."""
         self.step_count.assign_add(1)
         step = tf.cast(self.step_count, tf.float32)
-        warm = tf.minimum(1.0, step / float(max(self.size.warmup_steps, 1)))
-        rate = self.learning_rate * warm * tf.sqrt(1 - _BETA_2**step) / (1 - _BETA_1**step)
+        rate = self.learning_rate * tf.sqrt(1 - _BETA_2**step) / (1 - _BETA_1**step)
         for table, (first, second), rows_U, gradient_UD in zip(
             self._tables, self._moments[:2], [item_U, attribute_U], gradients[:2], strict=True
         ):
@@ -198,6 +213,34 @@ class SequenceModel:
             first.assign(_BETA_1 * first + (1 - _BETA_1) * gradient)
             second.assign(_BETA_2 * second + (1 - _BETA_2) * tf.square(gradient))
             variable.assign_sub(rate * first / (tf.sqrt(second) + _EPSILON))
+
+    def _average_eagerly(self, keep: tf.Tensor) -> None:
+        for average, variable in zip(self._averages, [*self._tables, *self.dense], strict=True):
+            average.assign_add((1 - keep) * (variable - average))
+
+    def average(self, passes: float) -> None:
+        """Moves the averaged weights towards the trained ones; they remember more the more passes were made."""
+        keep = min(_AVERAGING_KEEP, passes / (passes + _AVERAGING_PASSES))
+        self._average_step(tf.constant(keep, tf.float32))
+
+    def start_averages(self) -> None:
+        """Lets the averaged weights begin at the trained ones."""
+        self._average_step(tf.constant(0.0, tf.float32))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model within has the averaged weights, after it the trained ones again."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for average, variable in zip(self._averages, [*self._tables, *self.dense], strict=True):
+            trained = variable.numpy().copy()
+            variable.assign(average)
+            average.assign(trained)
 
     # ---- reading it
 
@@ -246,45 +289,71 @@ class SequenceModel:
         for variable, value in zip([*self._tables, *self.dense], weights, strict=True):
             variable.assign(value)
 
-    # ---- a pass
+    # ---- steps
 
-    def train_epoch(
-        self,
-        histories: Histories,
-        generator: np.random.Generator,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_step: Callable[[int, int], None] = lambda _done, _all: None,
-    ) -> float:
+    def step_of(self, rows: int) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+        """Returns the compiled step over so many packed rows; one for each number of rows that is asked for."""
+        if rows not in self._steps:
+            token = tf.TensorSpec((rows, self.size.max_history), tf.int32)
+            target = tf.TensorSpec((rows, self.size.max_history, self.size.targets), tf.int32)
+            self._steps[rows] = tf.function(
+                self._train_step_eagerly,
+                input_signature=[token, token, token, target, tf.TensorSpec((None,), tf.int32)],
+                autograph=False,
+            )
+        return self._steps[rows]
+
+
+class PassRunner:
+    """Makes steps over packed histories, pass after pass."""
+
+    def __init__(self, model: SequenceModel, histories: Histories, generator: np.random.Generator) -> None:
+        self._model, self._histories, self._generator = model, histories, generator
+        self._packed = self._pack()
+        rows = len(self._packed.item_RT)
+        self.rows = rows_of_step(model.size, rows)
+        self.steps_per_pass = max(1, -(-rows // self.rows))
+        self._step = model.step_of(self.rows)
+
+    def _pack(self) -> PackedRows:
+        size = self._model.size
+        return pack_for_training(self._histories, size.max_history, self._generator, size.targets)
+
+    def run(self, before_step: Callable[[], float | None], after_step: Callable[[], None]) -> float:
         """Makes one pass and returns the mean loss.
+
+        Args:
+            before_step: returns the learning rate of the next step, None to end the pass.
+            after_step: is called after each.
 
         Raises:
             FailedPrecondition: DIVERGED: the loss is no longer a number.
         """
-        rows = self.size.rows_per_step
-        packed = pack_for_training(histories, self.size.max_history, generator)
-        order = generator.permutation(len(packed.item_RT))
-        steps = -(-len(order) // rows)
-        total, count = 0.0, 0
+        model, rows = self._model, self.rows
+        packed, self._packed = self._packed, None  # type: ignore[assignment]
+        packed = packed or self._pack()
+        order = self._generator.permutation(len(packed.item_RT))
+        negatives = 0 if model.full_softmax else model.size.negatives
         losses: list[tuple[tf.Tensor, tf.Tensor]] = []
-        for step in range(steps):
-            taken = order[step * rows : (step + 1) * rows]
-            negatives = 0 if self.full_softmax else self.size.negatives
-            negative_N = generator.integers(0, self.item_count, negatives, dtype=np.int32)
+        for first in range(0, len(order), rows):
+            rate = before_step()
+            if rate is None:
+                break
+            model.learning_rate.assign(rate)
+            taken = order[first : first + rows]
+            negative_N = self._generator.integers(0, model.item_count, negatives, dtype=np.int32)
             losses.append(
-                self._train_step(
+                self._step(
                     _fixed(packed.item_RT[taken], rows),
                     _fixed(packed.kind_RT[taken], rows),
                     _fixed(packed.segment_RT[taken], rows),
-                    _fixed(packed.target_RT[taken], rows, -1),
+                    _fixed(packed.target_RTK[taken], rows, -1),
                     tf.constant(negative_N),
                 )
             )
-            on_step(step + 1, steps)
-            if should_stop():
-                break
-        for loss, tokens in losses:
-            total, count = total + float(loss), count + int(tokens)
-        mean = total / max(count, 1)
+            after_step()
+        weight = sum(float(weight) for _, weight in losses)
+        mean = sum(float(loss) for loss, _ in losses) / max(weight, 1e-9)
         if not np.isfinite(mean):
             raise FailedPrecondition(
                 "DIVERGED", "The loss is no longer a number; lower the learning rate.", {}
@@ -296,7 +365,8 @@ def _fixed(values_RT: npt.NDArray[np.int32], rows: int, empty: int = 0) -> tf.Te
     """Returns a batch filled up with empty rows to the one shape that the graph knows."""
     missing = rows - len(values_RT)
     if missing:
-        values_RT = np.pad(values_RT, ((0, missing), (0, 0)), constant_values=empty)
+        widths = ((0, missing), *[(0, 0)] * (values_RT.ndim - 1))
+        values_RT = np.pad(values_RT, widths, constant_values=empty)
     return tf.constant(values_RT)
 
 
@@ -320,44 +390,103 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> tuple[int, list[EpochReport]]:
-    """Trains until validation stops improving, the passes are made or the time is up; keeps the best weights.
+    """Trains along the schedule, as long as validation improves; leaves the best averaged weights in the model.
 
     Args:
         model: is trained in place.
         histories: of training events alone.
-        validate: returns NDCG@10 of the model as it is.
+        validate: returns NDCG@10 of the model as it is; called some ten times.
         on_epoch: is told of each pass.
-        budget: of the time; keeps some for refitting.
+        budget: of the time; the schedule is shortened to it once the first steps tell what a step takes.
         should_stop: ends training early, for a caller who gave up.
-        on_step: is told (steps made, steps in all) of the pass.
+        on_step: is told (steps made, steps in all).
 
     Returns:
         The best pass, 1-based, and the reports of all.
     """
     size = model.size
-    generator = np.random.default_rng(model.seed + 1)
+    runner = PassRunner(model, histories, np.random.default_rng(model.seed + 1))
+    schedule = Schedule.of(size, runner.steps_per_pass)
+    made, probed_at = 0, 0.0
     best, best_epoch, best_weights = -1.0, 0, model.weights()
-    hoped, hoped_epoch, hoped_step = -1.0, 0, 0
     reports: list[EpochReport] = []
-    for epoch in range(1, size.max_epochs + 1):
-        began = budget.spent
-        loss = model.train_epoch(
-            histories, generator, lambda: should_stop() or budget.pass_must_end(), on_step
-        )
-        budget.pass_ended(budget.spent - began)
-        score = validate()
+
+    def before_step() -> float | None:
+        nonlocal schedule, probed_at
+        if made == _PROBE_FROM:
+            probed_at = budget.spent
+        if made == _PROBE_TO:
+            affordable = budget.affordable_steps((budget.spent - probed_at) / (_PROBE_TO - _PROBE_FROM))
+            if affordable is not None:
+                schedule = schedule.shortened(made + max(affordable, 1))
+        if made >= schedule.steps or should_stop() or budget.fitting_must_end():
+            return None
+        return size.learning_rate * schedule.rate(made)
+
+    def after_step() -> None:
+        nonlocal made
+        made += 1
+        if made % _AVERAGING_STEPS == 0 or made == schedule.steps:
+            model.average((made - 1) // runner.steps_per_pass)
+        on_step(made, schedule.steps)
+
+    epoch = 0
+    while made < schedule.steps:
+        epoch += 1
+        loss = runner.run(before_step, after_step)
+        last = made >= schedule.steps or should_stop() or budget.fitting_must_end()
+        score = float("nan")
+        if last or epoch % -(-schedule.passes // _VALIDATIONS) == 0:
+            with model.averaged():
+                score = validate()
+                if score > best:
+                    best, best_epoch, best_weights = score, epoch, model.weights()
         step = int(model.step_count.numpy())
-        reports.append(EpochReport(epoch, step, loss, score, budget.spent, step // epoch))
+        reports.append(EpochReport(epoch, step, loss, score, budget.spent, runner.steps_per_pass))
         on_epoch(reports[-1])
-        if score > best:
-            best, best_epoch, best_weights = score, epoch, model.weights()
-        if score > hoped * _PROGRESS:
-            hoped, hoped_epoch, hoped_step = score, epoch, step
-        if (
-            should_stop()
-            or (epoch - hoped_epoch >= size.patience and step - hoped_step >= _PATIENCE_STEPS)
-            or not budget.allows_pass(epoch)
-        ):
+        if last or epoch - best_epoch >= max(size.patience, schedule.passes // 2):
             break
     model.set_weights(best_weights)
     return best_epoch, reports
+
+
+def refit(
+    model: SequenceModel,
+    histories: Histories,
+    passes: int,
+    generator: np.random.Generator,
+    must_end: Callable[[], bool],
+    on_pass: Callable[[int, float], None],
+) -> int:
+    """Makes passes with more events at small, falling rates, averaged as in training; returns those begun.
+
+    Args:
+        model: trained; is refitted in place.
+        must_end: asked before every step.
+        on_pass: is told (passes made, mean loss).
+    """
+    if not passes:
+        return 0
+    runner = PassRunner(model, histories, generator)
+    schedule = Schedule(passes * runner.steps_per_pass, runner.steps_per_pass, 0, _REFIT_RATE_SHARE)
+    made = 0
+
+    def before_step() -> float | None:
+        return None if must_end() else model.size.learning_rate * schedule.rate(made)
+
+    def after_step() -> None:
+        nonlocal made
+        made += 1
+        if made % _AVERAGING_STEPS == 0:
+            model.average(passes)
+
+    model.start_averages()
+    begun = 0
+    while begun < passes and not must_end():
+        begun += 1
+        on_pass(begun, runner.run(before_step, after_step))
+    model.average(passes)
+    with model.averaged():
+        weights = model.weights()
+    model.set_weights(weights)
+    return begun

@@ -102,7 +102,7 @@ class Block(keras.layers.Layer):
         inner = _matmul(h_BTD, self.expand) + self.expand_bias
         # The tanh form: LiteRT computes it with the same operators as TensorFlow.
         inner = 0.5 * inner * (1.0 + tf.tanh(0.7978845608 * (inner + 0.044715 * inner * inner * inner)))
-        inner = _dropout(inner, rate, _fold(seed_2, base + 3)) if rate and self.size.blocks > 1 else inner
+        inner = _dropout(inner, rate, _fold(seed_2, base + 3))
         fed_BTD = _matmul(inner, self.contract) + self.contract_bias
         return self.norms[2](h_BTD + _dropout(fed_BTD, rate, _fold(seed_2, base + 4)))
 

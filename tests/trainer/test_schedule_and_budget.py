@@ -1,0 +1,80 @@
+"""How long a training is, and how fast it learns."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.trainer.domain.hyper_parameters import resolve
+from services.trainer.pipeline.budget import Budget
+from services.trainer.pipeline.schedule import Schedule, rows_of_step
+
+
+class Clock:
+    """A clock that is told how late it is."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+SMALL = resolve("small", {})
+
+
+def test_a_large_log_is_passed_over_twenty_times_and_a_small_one_until_it_was_steps_enough() -> None:
+    assert Schedule.of(SMALL, 400).passes == 20
+    assert Schedule.of(SMALL, 30).passes == 40
+    # Never more often than the configuration allows.
+    assert Schedule.of(SMALL, 1).passes == SMALL.max_epochs
+    assert Schedule.of(resolve("small", {"max_epochs": 3}), 400).steps == 1200
+
+
+def test_the_rate_rises_in_the_warm_up_and_then_falls_to_a_fiftieth() -> None:
+    schedule = Schedule.of(SMALL, 100)
+    rates = [schedule.rate(step) for step in range(schedule.steps + 1)]
+    peak = rates.index(max(rates))
+    assert peak == SMALL.warmup_steps - 1
+    assert max(rates) == 1.0
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert rates[-1] == pytest.approx(0.02)
+
+
+def test_a_shortened_schedule_falls_as_far_in_fewer_steps_and_warms_up_in_a_tenth_of_them() -> None:
+    short = Schedule.of(SMALL, 100).shortened(200)
+    assert short.steps == 200
+    assert short.warmup_steps == 20
+    assert short.rate(200) == pytest.approx(0.02)
+    assert Schedule.of(SMALL, 100).shortened(10**9).steps == 2000
+
+
+def test_a_small_log_makes_smaller_steps() -> None:
+    assert rows_of_step(SMALL, 10_000) == SMALL.rows_per_step
+    assert rows_of_step(SMALL, 160) == 10
+    assert rows_of_step(SMALL, 1) == 4
+
+
+def test_the_budget_keeps_what_the_refits_need_and_does_not_count_while_paused() -> None:
+    clock = Clock()
+    budget = Budget(140.0, 2, clock)
+    budget.resume()
+    assert budget.fitting_left == pytest.approx(100.0)
+    clock.seconds = 40.0
+    budget.pause()
+    clock.seconds = 1000.0
+    assert budget.left == pytest.approx(100.0)
+    assert budget.affordable_steps(0.5) == 108
+    budget.resume()
+    clock.seconds = 1060.0
+    assert budget.fitting_must_end()
+    assert budget.share_of_left(0) == pytest.approx(20.0)
+    assert budget.share_of_left(1) == pytest.approx(40.0)
+    assert (budget.refit_passes(20), Budget(1.0, 0, clock).refit_passes(20)) == (4, 0)
+
+
+def test_a_clock_that_stands_still_never_shortens_a_training() -> None:
+    budget = Budget(1.0, 0, lambda: 0.0)
+    budget.resume()
+    assert budget.affordable_steps(0.0) is None
+    assert not budget.fitting_must_end()
