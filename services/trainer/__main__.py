@@ -10,11 +10,13 @@ import threading
 
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
+from services.trainer.privacy.accounting import epsilon_of_ledger
+from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
 from services.trainer.storage import DirectoryRegistry, PostgresRunStore
 from services.trainer.supervisor import Supervisor
-from services.trainer.use_cases import Models, TrainingRuns
+from services.trainer.use_cases import Models, PrivacyBudgets, TrainingRuns
 from shared.bundle import Registry
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, Unavailable
@@ -40,12 +42,16 @@ class Trainer:
         self.database = Database(database_url, schema="trainer")
         registry = Registry(settings.registry_path)
         store = PostgresRunStore(self.database)
+        ledger = PostgresPrivacyLedger(
+            self.database, settings.privacy_epsilon_limit, settings.privacy_delta, epsilon_of_ledger
+        )
         self.supervisor = Supervisor(store, self.database, registry, settings, database_url, telemetry.logger)
         # Streams wait on it, so that a draining server need not wait for them.
         self._draining = threading.Event()
         runs = TrainingRuns(store, self.supervisor, wait=self._wait, max_queued=settings.max_queued_runs)
         models = Models(DirectoryRegistry(registry, read_verifying_key(settings.keys_path)), wait=self._wait)
-        servicer = TrainerServicer(runs, models, signer)
+        budgets = PrivacyBudgets(ledger, required=settings.privacy_required)
+        servicer = TrainerServicer(runs, models, budgets, signer)
         self.server = GrpcServer(
             "trainer",
             settings,

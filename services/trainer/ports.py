@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Protocol
 
+from services.trainer.domain.privacy import PrivacyBudget
 from services.trainer.domain.runs import (
     Alias,
     Model,
@@ -46,6 +47,13 @@ class RunStore(Protocol):
 
     def progress_after(self, run_id: str, sequence_number: int, limit: int) -> Sequence[Progress]:
         """Returns journal entries with greater numbers, in order."""
+
+
+class PrivacyLedger(Protocol):
+    """What releases told about people, for ever."""
+
+    def budget(self, model: str) -> PrivacyBudget:
+        """Returns limit and spending of all models, and the charges of one, newest first."""
 
 
 class ModelRegistry(Protocol):

@@ -32,7 +32,7 @@ from shared.bundle import Bundle, Registry, load_bundle, write_bundle
 from shared.bundle.history import INTEREST_KINDS
 from shared.channel import tls_of
 from shared.database import Database
-from shared.errors import Aborted, Cancelled, DataLoss, ShopkeeperError, Unavailable
+from shared.errors import Aborted, Cancelled, DataLoss, FailedPrecondition, ShopkeeperError, Unavailable
 from shared.keys import read_signing_key
 from shared.settings import load_settings
 from shared.telemetry import Telemetry
@@ -124,6 +124,8 @@ def execute(
     Raises:
         ShopkeeperError: with a reason of the contract; nothing is published.
     """
+    if run.config.differential_privacy is not None:
+        raise FailedPrecondition("NOT_BUILT_YET", "Training with differential privacy is not built yet.")
     store = PostgresRunStore(database)
     size, plan = plan_of(run.config)
 

@@ -18,7 +18,7 @@ from shopkeeper.trainer.v1 import (
 
 from services.trainer import converters
 from services.trainer.domain.runs import DEFAULT_MODEL, PRODUCTION, check_name
-from services.trainer.use_cases import Models, TrainingRuns
+from services.trainer.use_cases import Models, PrivacyBudgets, TrainingRuns
 from shared.errors import FieldViolation, InvalidInput, Unimplemented
 from shared.tokens import TokenSigner
 
@@ -26,20 +26,21 @@ from shared.tokens import TokenSigner
 class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
     """shopkeeper.trainer.v1.TrainerService."""
 
-    def __init__(self, runs: TrainingRuns, models: Models, signer: TokenSigner) -> None:
-        self._runs, self._models, self._signer = runs, models, signer
+    def __init__(
+        self, runs: TrainingRuns, models: Models, budgets: PrivacyBudgets, signer: TokenSigner
+    ) -> None:
+        self._runs, self._models, self._budgets, self._signer = runs, models, budgets, signer
 
     # ---- runs
 
     def CreateTrainingRun(
         self, request: trainer_service_pb2.CreateTrainingRunRequest, context: grpc.ServicerContext
     ) -> training_run_pb2.TrainingRun:
-        run = self._runs.create(
-            check_name(request.model, "model", DEFAULT_MODEL),
-            converters.config_from_proto(request.config),
-            converters.request_id(request.request_id),
-        )
-        return converters.run_to_proto(run)
+        model = check_name(request.model, "model", DEFAULT_MODEL)
+        config = converters.config_from_proto(request.config)
+        request_id = converters.request_id(request.request_id)
+        self._budgets.check(config)
+        return converters.run_to_proto(self._runs.create(model, config, request_id))
 
     def GetTrainingRun(
         self, request: trainer_service_pb2.GetTrainingRunRequest, context: grpc.ServicerContext
@@ -173,6 +174,12 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
                 observed_at=observed_at,
             )
 
+    def GetPrivacyBudget(
+        self, request: trainer_service_pb2.GetPrivacyBudgetRequest, context: grpc.ServicerContext
+    ) -> privacy_budget_pb2.PrivacyBudget:
+        model = check_name(request.model, "model", DEFAULT_MODEL)
+        return converters.budget_to_proto(model, self._budgets.get(model))
+
     # ---- not built yet
 
     def EvaluateModel(
@@ -184,11 +191,6 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
         self, request: trainer_service_pb2.TuneModelRequest, context: grpc.ServicerContext
     ) -> training_run_pb2.TrainingRun:
         _not_built("Tuning", "CreateTrainingRun with config.overrides trains one configuration at a time")
-
-    def GetPrivacyBudget(
-        self, request: trainer_service_pb2.GetPrivacyBudgetRequest, context: grpc.ServicerContext
-    ) -> privacy_budget_pb2.PrivacyBudget:
-        _not_built("The privacy ledger", "no run can spend privacy yet, so nothing has been spent")
 
     def CreateSchedule(
         self, request: trainer_service_pb2.CreateScheduleRequest, context: grpc.ServicerContext

@@ -34,6 +34,16 @@ class TrainerSettings(ServiceSettings):
     cancel_grace_seconds: float = Field(
         5.0, ge=0, description="A cancelled run has so long to stop by itself before it is killed."
     )
+    privacy_epsilon_limit: float = Field(
+        10.0,
+        gt=0,
+        le=1000,
+        description="The most epsilon that the private runs of all models may spend together in any 365 days.",
+    )
+    privacy_delta: float = Field(
+        1e-5, gt=0, le=1e-3, description="Delta at which that limit holds; choose it below 1 / people."
+    )
+    privacy_required: bool = Field(False, description="Refuses training runs without differential privacy.")
     catalogue_timeout_seconds: float = Field(
         10.0,
         gt=0,

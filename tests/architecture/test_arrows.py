@@ -42,7 +42,9 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
     # What runs in a training process of its own: the only code that imports TensorFlow.
     "trainer": {
         "pipeline": {"domain"},
-        "run": {"pipeline", "domain", "ports", "storage", "clients", "supervisor", "settings"},
+        "run": {"pipeline", "privacy", "domain", "ports", "storage", "clients", "supervisor", "settings"},
+        # Differential privacy: the part of a run that knows of it, and its ledger.
+        "privacy": {"pipeline", "domain", "ports"},
         # Starts and watches those processes.
         "supervisor": {"domain", "ports", "settings", "storage"},
         "bench_quality": {"pipeline", "domain"},

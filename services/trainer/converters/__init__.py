@@ -4,10 +4,12 @@ from services.trainer.converters.checks import comment, page_size, request_id, r
 from services.trainer.converters.config import config_from_proto, config_to_proto
 from services.trainer.converters.models import alias_to_proto, model_to_proto, version_to_proto
 from services.trainer.converters.pages import read_name_page, read_run_page, sign_name_page, sign_run_page
+from services.trainer.converters.privacy import budget_to_proto
 from services.trainer.converters.runs import progress_to_proto, run_to_proto
 
 __all__ = [
     "alias_to_proto",
+    "budget_to_proto",
     "comment",
     "config_from_proto",
     "config_to_proto",

@@ -7,6 +7,7 @@ from datetime import UTC
 from shopkeeper.trainer.v1 import training_run_pb2
 
 from services.trainer.converters.checks import Violations
+from services.trainer.converters.privacy import privacy_from_proto, privacy_to_proto
 from services.trainer.converters.times import time_of
 from services.trainer.domain.runs import (
     PRODUCTION,
@@ -35,12 +36,6 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         InvalidInput: naming every field that is wrong.
         Unimplemented: it asks for what this build cannot do.
     """
-    if message.HasField("differential_privacy"):
-        raise Unimplemented(
-            "NOT_BUILT_YET",
-            "config.differential_privacy: training with differential privacy is not built yet. Leave it out; the "
-            "trainer reads pseudonymous keys only and honours consent and erasure.",
-        )
     if message.initial_version:
         raise Unimplemented(
             "NOT_BUILT_YET", "config.initial_version is not built yet; leave it out to train from the start."
@@ -63,6 +58,7 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
     )
     window = _window(message.window, violations)
     evaluation = _evaluation(message.evaluation, violations)
+    private = privacy_from_proto(message, violations)
     violations.raise_any()
     return TrainingConfig(
         size=_SIZES[message.size],
@@ -76,6 +72,7 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         force=message.force,
         refit=message.refit if message.HasField("refit") else True,
         max_memory_bytes=message.max_memory_bytes,
+        differential_privacy=private,
     )
 
 
@@ -167,4 +164,5 @@ def config_to_proto(config: TrainingConfig) -> training_run_pb2.TrainingConfig:
         force=config.force,
         refit=config.refit,
         max_memory_bytes=config.max_memory_bytes,
+        differential_privacy=privacy_to_proto(config.differential_privacy),
     )

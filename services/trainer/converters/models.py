@@ -8,6 +8,7 @@ from typing import Any
 
 from shopkeeper.trainer.v1 import model_pb2
 
+from services.trainer.converters.privacy import guarantee_to_proto
 from services.trainer.converters.times import time_of
 from services.trainer.domain.runs import Alias, Model, ModelVersion
 
@@ -92,6 +93,8 @@ def version_to_proto(version: ModelVersion) -> model_pb2.ModelVersion:
         aliases=version.aliases,
         card=version.card,
     )
+    if manifest.get("privacy"):
+        message.privacy.CopyFrom(guarantee_to_proto(manifest["privacy"]))
     if data.get("first_event_at"):
         message.data.first_event_time.CopyFrom(time_of(data["first_event_at"]))
         message.data.last_event_time.CopyFrom(time_of(data["last_event_at"]))

@@ -9,6 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from services.trainer.domain.privacy import DifferentialPrivacy
 from shared.errors import FieldViolation, InvalidInput
 
 NAME = re.compile(r"^[a-z0-9][a-z0-9_-]{0,62}$")
@@ -71,6 +72,7 @@ class TrainingConfig:
     force: bool = False
     refit: bool = True
     max_memory_bytes: int = 0
+    differential_privacy: DifferentialPrivacy | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns a form that `from_json` reads."""
@@ -86,8 +88,10 @@ class TrainingConfig:
         window = dict(known.pop("window", {}))
         window["kinds"] = tuple(window.get("kinds", ()))
         evaluation = known.pop("evaluation", {})
+        private = known.pop("differential_privacy", None)
         return cls(
             **known,
+            differential_privacy=DifferentialPrivacy.from_json(private) if private else None,
             window=DataWindow(**{n: window[n] for n in DataWindow.__dataclass_fields__ if n in window}),
             evaluation=EvaluationConfig(
                 **{n: evaluation[n] for n in EvaluationConfig.__dataclass_fields__ if n in evaluation}

@@ -628,25 +628,118 @@ class PrivacyGuarantee(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Unit:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _UnitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PrivacyGuarantee._Unit.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNIT_UNSPECIFIED: PrivacyGuarantee._Unit.ValueType  # 0
+        """Unknown."""
+        UNIT_PERSON: PrivacyGuarantee._Unit.ValueType  # 1
+        """Everything that one person ever did."""
+
+    class Unit(_Unit, metaclass=_UnitEnumTypeWrapper):
+        """What one unit of protection covers."""
+
+    UNIT_UNSPECIFIED: PrivacyGuarantee.Unit.ValueType  # 0
+    """Unknown."""
+    UNIT_PERSON: PrivacyGuarantee.Unit.ValueType  # 1
+    """Everything that one person ever did."""
+
+    class _Adjacency:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _AdjacencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PrivacyGuarantee._Adjacency.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ADJACENCY_UNSPECIFIED: PrivacyGuarantee._Adjacency.ValueType  # 0
+        """Unknown."""
+        ADJACENCY_ADD_OR_REMOVE_ONE: PrivacyGuarantee._Adjacency.ValueType  # 1
+        """Those that differ in the presence of one unit."""
+
+    class Adjacency(_Adjacency, metaclass=_AdjacencyEnumTypeWrapper):
+        """Which data sets must be indistinguishable."""
+
+    ADJACENCY_UNSPECIFIED: PrivacyGuarantee.Adjacency.ValueType  # 0
+    """Unknown."""
+    ADJACENCY_ADD_OR_REMOVE_ONE: PrivacyGuarantee.Adjacency.ValueType  # 1
+    """Those that differ in the presence of one unit."""
+
+    class _Mechanism:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MechanismEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[PrivacyGuarantee._Mechanism.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MECHANISM_UNSPECIFIED: PrivacyGuarantee._Mechanism.ValueType  # 0
+        """`MECHANISM_COUNTS`."""
+        MECHANISM_COUNTS: PrivacyGuarantee._Mechanism.ValueType  # 1
+        """Gaussian noise on counts of what follows what, to which each person
+        adds a vector of bounded norm.
+        """
+        MECHANISM_GRADIENTS: PrivacyGuarantee._Mechanism.ValueType  # 2
+        """Gaussian noise on the clipped gradients of Poisson-sampled people, at
+        each step of training the Transformer.
+        """
+
+    class Mechanism(_Mechanism, metaclass=_MechanismEnumTypeWrapper):
+        """Where the noise goes."""
+
+    MECHANISM_UNSPECIFIED: PrivacyGuarantee.Mechanism.ValueType  # 0
+    """`MECHANISM_COUNTS`."""
+    MECHANISM_COUNTS: PrivacyGuarantee.Mechanism.ValueType  # 1
+    """Gaussian noise on counts of what follows what, to which each person
+    adds a vector of bounded norm.
+    """
+    MECHANISM_GRADIENTS: PrivacyGuarantee.Mechanism.ValueType  # 2
+    """Gaussian noise on the clipped gradients of Poisson-sampled people, at
+    each step of training the Transformer.
+    """
+
     EPSILON_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     STATEMENT_FIELD_NUMBER: _builtins.int
+    MECHANISM_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    ADJACENCY_FIELD_NUMBER: _builtins.int
+    NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    SAMPLING_RATE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     epsilon: _builtins.float
     """Epsilon of this version."""
     delta: _builtins.float
     """Delta of this version."""
     statement: _builtins.str
     """The unit and the adjacency, for people."""
+    mechanism: Global___PrivacyGuarantee.Mechanism.ValueType
+    """Where the noise went."""
+    unit: Global___PrivacyGuarantee.Unit.ValueType
+    """The unit of protection."""
+    adjacency: Global___PrivacyGuarantee.Adjacency.ValueType
+    """The adjacency."""
+    noise_multiplier: _builtins.float
+    """Standard deviation of the noise over the norm of one person's share."""
+    sampling_rate: _builtins.float
+    """The probability with which a person takes part in a step, in (0, 1]."""
+    steps: _builtins.int
+    """Noisy releases of training: 1 for counts, the steps for gradients."""
     def __init__(
         self,
         *,
         epsilon: _builtins.float = ...,
         delta: _builtins.float = ...,
         statement: _builtins.str = ...,
+        mechanism: Global___PrivacyGuarantee.Mechanism.ValueType = ...,
+        unit: Global___PrivacyGuarantee.Unit.ValueType = ...,
+        adjacency: Global___PrivacyGuarantee.Adjacency.ValueType = ...,
+        noise_multiplier: _builtins.float = ...,
+        sampling_rate: _builtins.float = ...,
+        steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon", b"epsilon", "statement", b"statement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adjacency", b"adjacency", "delta", b"delta", "epsilon", b"epsilon", "mechanism", b"mechanism", "noise_multiplier", b"noise_multiplier", "sampling_rate", b"sampling_rate", "statement", b"statement", "steps", b"steps", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*shopkeeper/trainer/v1/privacy_budget.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x01\n\rPrivacyBudget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\repsilon_limit\x18\x02 \x01(\x01\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x35\n\x07\x63harges\x18\x05 \x03(\x0b\x32$.shopkeeper.trainer.v1.PrivacyCharge\"p\n\rPrivacyCharge\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x02 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x01\x12/\n\x0b\x63harge_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*shopkeeper/trainer/v1/privacy_budget.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x01\n\rPrivacyBudget\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\repsilon_limit\x18\x02 \x01(\x01\x12\x15\n\repsilon_spent\x18\x03 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x01\x12\x35\n\x07\x63harges\x18\x05 \x03(\x0b\x32$.shopkeeper.trainer.v1.PrivacyCharge\"\x90\x01\n\rPrivacyCharge\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07\x65psilon\x18\x02 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x03 \x01(\x01\x12/\n\x0b\x63harge_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,6 +34,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PRIVACYBUDGET']._serialized_start=103
   _globals['_PRIVACYBUDGET']._serialized_end=249
-  _globals['_PRIVACYCHARGE']._serialized_start=251
-  _globals['_PRIVACYCHARGE']._serialized_end=363
+  _globals['_PRIVACYCHARGE']._serialized_start=252
+  _globals['_PRIVACYCHARGE']._serialized_end=396
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PrivacyBudget(_message.Message):
-    """The append-only ledger of what a model's releases told about people."""
+    """The append-only ledger of what releases told about people. People are the
+    same whatever the model is called: the limit holds for all models together.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -31,11 +33,13 @@ class PrivacyBudget(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     CHARGES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """`Model.name`."""
+    """`Model.name` that was asked for; its charges are the ones listed."""
     epsilon_limit: _builtins.float
     """The most epsilon in any 365 days."""
     epsilon_spent: _builtins.float
-    """Epsilon spent in the last 365 days, by composition."""
+    """Epsilon spent in the last 365 days by all models, at `delta`: the smaller
+    of basic and of Rényi composition.
+    """
     delta: _builtins.float
     """The delta at which epsilon is stated."""
     @_builtins.property
@@ -71,12 +75,18 @@ class PrivacyCharge(_message.Message):
     EPSILON_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     CHARGE_TIME_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run that was charged."""
     epsilon: _builtins.float
     """Epsilon charged."""
     delta: _builtins.float
     """Delta charged."""
+    model: _builtins.str
+    """`Model.name` that the run trained."""
+    attempt: _builtins.int
+    """The attempt of the run, from 1: one that was started anew pays anew."""
     @_builtins.property
     def charge_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -88,10 +98,12 @@ class PrivacyCharge(_message.Message):
         epsilon: _builtins.float = ...,
         delta: _builtins.float = ...,
         charge_time: _timestamp_pb2.Timestamp | None = ...,
+        model: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["charge_time", b"charge_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["charge_time", b"charge_time", "delta", b"delta", "epsilon", b"epsilon", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "charge_time", b"charge_time", "delta", b"delta", "epsilon", b"epsilon", "model", b"model", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -673,7 +673,12 @@ Global___DataWindow: _TypeAlias = DataWindow  # noqa: Y015
 
 @_typing.final
 class DifferentialPrivacy(_message.Message):
-    """Trains so that the model tells next to nothing about any one person."""
+    """Trains so that the model tells next to nothing about any one person. What is
+    published then holds no other statistic of people: items are those of the
+    catalogue, and measures carry noise too. A run that asks for it is charged
+    to the budget of `GetPrivacyBudget` before its first step, and fails with
+    `PRIVACY_BUDGET_EXHAUSTED` when the budget does not suffice.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -700,16 +705,21 @@ class DifferentialPrivacy(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     CLIP_NORM_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    MECHANISM_FIELD_NUMBER: _builtins.int
     epsilon: _builtins.float
     """The privacy loss epsilon, in (0, 100]."""
     delta: _builtins.float
-    """The failure probability delta, in (0, 1). Defaults to 1 / people^1.1 when 0."""
+    """The failure probability delta, in (0, 0.001]; choose it below 1 / people.
+    Defaults to 1e-6 when 0, a number that depends on nobody.
+    """
     clip_norm: _builtins.float
-    """The norm to which one person's gradient is clipped, above 0. Defaults to 1
-    when 0.
+    """The L2 norm to which one person's share is clipped, their gradient or
+    their counts, in (0, 1000]. Defaults to 1 when 0.
     """
     unit: Global___DifferentialPrivacy.Unit.ValueType
     """The unit of protection. Defaults to `UNIT_PERSON`."""
+    mechanism: _model_pb2.PrivacyGuarantee.Mechanism.ValueType
+    """Where the noise goes. Defaults to `MECHANISM_COUNTS`."""
     def __init__(
         self,
         *,
@@ -717,10 +727,11 @@ class DifferentialPrivacy(_message.Message):
         delta: _builtins.float = ...,
         clip_norm: _builtins.float = ...,
         unit: Global___DifferentialPrivacy.Unit.ValueType = ...,
+        mechanism: _model_pb2.PrivacyGuarantee.Mechanism.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "epsilon", b"epsilon", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip_norm", b"clip_norm", "delta", b"delta", "epsilon", b"epsilon", "mechanism", b"mechanism", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
