@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-quality verify-crash clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-quality verify-crash verify-overload clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-serve: $(INSTALLED)  ## How fast recommendations are served, and what one 
 
 verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are killed at every step
 	SHOPKEEPER_CRASH_EVENTS=100000 pytest -q -s --timeout 1800 tests/feedback/test_crash_sweep.py
+
+verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and without admission control
+	python -m tests.benchmarks.bench_overload
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))
