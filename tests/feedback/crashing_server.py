@@ -26,6 +26,7 @@ from services.feedback import __main__ as service
 from services.feedback import servicer, use_cases
 from services.feedback.converters.events import EventReader
 from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
+from services.feedback.storage import log_writer
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.imports import PostgresImports
 from services.feedback.storage.log_writer import LogWriter
@@ -123,7 +124,13 @@ def deduplicate_in_memory() -> None:
     LogWriter.append = append  # type: ignore[method-assign]
 
 
+def trust_any_server() -> None:
+    """Believes that whatever PostgreSQL commits is durable."""
+    log_writer.verify_durability = service.verify_durability = lambda _connection: None  # type: ignore[assignment]
+
+
 MISTAKES = {
+    "trust any server": trust_any_server,
     "acknowledge before commit": acknowledge_before_commit,
     "deduplicate in memory": deduplicate_in_memory,
 }
