@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import sys
 import threading
+from datetime import UTC, datetime
 
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
+from services.trainer.clock import next_run_at
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
+from services.trainer.scheduler import Scheduler
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
-from services.trainer.storage import DirectoryRegistry, PostgresRunStore
+from services.trainer.storage import DirectoryRegistry, PostgresRunStore, PostgresScheduleStore
 from services.trainer.supervisor import Supervisor
-from services.trainer.use_cases import Models, PrivacyBudgets, TrainingRuns
+from services.trainer.use_cases import Models, PrivacyBudgets, Schedules, TrainingRuns
 from shared.bundle import Registry
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, Unavailable
@@ -48,10 +51,24 @@ class Trainer:
         self.supervisor = Supervisor(store, self.database, registry, settings, database_url, telemetry.logger)
         # Streams wait on it, so that a draining server need not wait for them.
         self._draining = threading.Event()
-        runs = TrainingRuns(store, self.supervisor, wait=self._wait, max_queued=settings.max_queued_runs)
-        models = Models(DirectoryRegistry(registry, read_verifying_key(settings.keys_path)), wait=self._wait)
+        versions = DirectoryRegistry(registry, read_verifying_key(settings.keys_path))
+        runs = TrainingRuns(
+            store, self.supervisor, versions, wait=self._wait, max_queued=settings.max_queued_runs
+        )
+        models = Models(versions, wait=self._wait)
+        schedule_store = PostgresScheduleStore(self.database)
+        self.scheduler = Scheduler(
+            schedule_store,
+            store,
+            self.supervisor,
+            lambda schedule: None,
+            telemetry.logger,
+            drift_interval_seconds=settings.drift_check_seconds,
+            max_queued=settings.max_queued_runs,
+        )
+        schedules = Schedules(schedule_store, next_run_at=next_run_at, now=lambda: datetime.now(UTC))
         budgets = PrivacyBudgets(ledger, required=settings.privacy_required)
-        servicer = TrainerServicer(runs, models, budgets, signer)
+        servicer = TrainerServicer(runs, models, schedules, budgets, signer)
         self.server = GrpcServer(
             "trainer",
             settings,
@@ -62,18 +79,21 @@ class Trainer:
             service_names=[SERVICE_NAME],
         )
         self.server.on_drain(self._draining.set)
+        self.server.on_drain(self.scheduler.stop)
         self.server.on_drain(self.supervisor.stop)
 
     def start(self) -> int:
         """Starts answering and supervising; returns the port."""
         port = self.server.start()
         self.supervisor.start()
+        self.scheduler.start()
         self.server.set_ready(True)
         return port
 
     def close(self) -> None:
         """Ends the server, the runs' processes and the connections."""
         self._draining.set()
+        self.scheduler.stop()
         self.supervisor.stop()
         self.server.stop(0)
         self.database.close()

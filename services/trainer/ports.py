@@ -13,15 +13,26 @@ from services.trainer.domain.runs import (
     ModelVersion,
     Progress,
     RunState,
+    Task,
     TrainingConfig,
     TrainingRun,
 )
+from services.trainer.domain.schedules import Schedule
 
 
 class RunStore(Protocol):
     """Runs and their journals, durable."""
 
-    def create(self, model: str, config: TrainingConfig, *, request_id: str, max_queued: int) -> TrainingRun:
+    def create(
+        self,
+        model: str,
+        config: TrainingConfig,
+        task: Task,
+        *,
+        request_id: str,
+        max_queued: int,
+        schedule_id: str = "",
+    ) -> TrainingRun:
         """Adds a queued run, or returns the one that this request made before.
 
         Raises:
@@ -92,6 +103,19 @@ class ModelRegistry(Protocol):
 
     def point_back(self, model: str, alias: str, *, comment: str, expected: str | None) -> Alias:
         """Points an alias at the version before; raises as `shared.bundle.Registry.roll_back_alias`."""
+
+
+class ScheduleStore(Protocol):
+    """Schedules, durable."""
+
+    def add(self, schedule: Schedule) -> Schedule:
+        """Adds a schedule; raises AlreadyExists: SCHEDULE_EXISTS."""
+
+    def list(self, *, limit: int, after: str) -> Sequence[Schedule]:
+        """Returns schedules by id, after that id."""
+
+    def delete(self, schedule_id: str) -> bool:
+        """Deletes a schedule; returns whether there was one."""
 
 
 class RunStarter(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NoReturn
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,8 +17,8 @@ from shopkeeper.trainer.v1 import (
 
 from services.trainer import converters
 from services.trainer.domain.runs import DEFAULT_MODEL, PRODUCTION, check_name
-from services.trainer.use_cases import Models, PrivacyBudgets, TrainingRuns
-from shared.errors import FieldViolation, InvalidInput, Unimplemented
+from services.trainer.use_cases import Models, PrivacyBudgets, Schedules, TrainingRuns
+from shared.errors import FieldViolation, InvalidInput
 from shared.tokens import TokenSigner
 
 
@@ -27,9 +26,15 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
     """shopkeeper.trainer.v1.TrainerService."""
 
     def __init__(
-        self, runs: TrainingRuns, models: Models, budgets: PrivacyBudgets, signer: TokenSigner
+        self,
+        runs: TrainingRuns,
+        models: Models,
+        schedules: Schedules,
+        budgets: PrivacyBudgets,
+        signer: TokenSigner,
     ) -> None:
-        self._runs, self._models, self._budgets, self._signer = runs, models, budgets, signer
+        self._runs, self._models, self._schedules = runs, models, schedules
+        self._budgets, self._signer = budgets, signer
 
     # ---- runs
 
@@ -180,33 +185,57 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
         model = check_name(request.model, "model", DEFAULT_MODEL)
         return converters.budget_to_proto(model, self._budgets.get(model))
 
-    # ---- not built yet
+    # ---- evaluation, tuning, schedules
 
     def EvaluateModel(
         self, request: trainer_service_pb2.EvaluateModelRequest, context: grpc.ServicerContext
     ) -> training_run_pb2.TrainingRun:
-        _not_built("Measuring a version anew", "GetModelVersion has the measures taken at training")
+        run = self._runs.evaluate(
+            check_name(request.model, "model", DEFAULT_MODEL),
+            check_name(request.version, "version", PRODUCTION),
+            converters.evaluation_from_proto(request.evaluation, request.window),
+            converters.request_id(request.request_id),
+        )
+        return converters.run_to_proto(run)
 
     def TuneModel(
         self, request: trainer_service_pb2.TuneModelRequest, context: grpc.ServicerContext
     ) -> training_run_pb2.TrainingRun:
-        _not_built("Tuning", "CreateTrainingRun with config.overrides trains one configuration at a time")
+        config = converters.config_from_proto(request.config)
+        self._budgets.check(config)
+        run = self._runs.tune(
+            check_name(request.model, "model", DEFAULT_MODEL),
+            config,
+            converters.tuning_from_proto(request),
+            converters.request_id(request.request_id),
+        )
+        return converters.run_to_proto(run)
 
     def CreateSchedule(
         self, request: trainer_service_pb2.CreateScheduleRequest, context: grpc.ServicerContext
     ) -> schedule_pb2.Schedule:
-        _not_built("Scheduling", "let cron, or a Kubernetes CronJob, call CreateTrainingRun")
+        schedule = converters.schedule_from_proto(request)
+        self._budgets.check(schedule.config)
+        return converters.schedule_to_proto(self._schedules.create(schedule))
 
     def ListSchedules(
         self, request: trainer_service_pb2.ListSchedulesRequest, context: grpc.ServicerContext
     ) -> trainer_service_pb2.ListSchedulesResponse:
-        _not_built("Scheduling", "let cron, or a Kubernetes CronJob, call CreateTrainingRun")
+        page = self._schedules.list(
+            converters.page_size(request.page_size),
+            converters.read_name_page(self._signer, "schedules", request.page_token),
+        )
+        return trainer_service_pb2.ListSchedulesResponse(
+            schedules=[converters.schedule_to_proto(schedule) for schedule in page.items],
+            next_page_token=(
+                converters.sign_name_page(self._signer, "schedules", page.items[-1].schedule_id)
+                if page.has_more
+                else ""
+            ),
+        )
 
     def DeleteSchedule(
         self, request: trainer_service_pb2.DeleteScheduleRequest, context: grpc.ServicerContext
     ) -> trainer_service_pb2.DeleteScheduleResponse:
-        _not_built("Scheduling", "let cron, or a Kubernetes CronJob, call CreateTrainingRun")
-
-
-def _not_built(what: str, instead: str) -> NoReturn:
-    raise Unimplemented("NOT_BUILT_YET", f"{what} is not built yet; {instead}.")
+        self._schedules.delete(check_name(request.schedule_id, "schedule_id", ""))
+        return trainer_service_pb2.DeleteScheduleResponse()

@@ -49,3 +49,6 @@ class TrainerSettings(ServiceSettings):
         gt=0,
         description="A run waits so long for a page of the catalogue, then trains without attributes.",
     )
+    drift_check_seconds: float = Field(
+        300.0, gt=0, description="How often a schedule that trains on drift is measured."
+    )

@@ -47,6 +47,9 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         "privacy": {"pipeline", "domain", "ports"},
         # Starts and watches those processes.
         "supervisor": {"domain", "ports", "settings", "storage"},
+        # Starts runs by the clock and on drift.
+        "scheduler": {"clock", "domain", "ports", "storage"},
+        "clock": set(),
         "bench_quality": {"pipeline", "domain"},
     },
     "profile": {"metrics": set()},

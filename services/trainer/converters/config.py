@@ -17,7 +17,6 @@ from services.trainer.domain.runs import (
     check_name,
 )
 from shared.bundle.history import INTEREST_KINDS
-from shared.errors import Unimplemented
 
 _SIZES = {
     training_run_pb2.TrainingConfig.SIZE_UNSPECIFIED: "small",
@@ -25,6 +24,15 @@ _SIZES = {
     training_run_pb2.TrainingConfig.SIZE_SMALL: "small",
     training_run_pb2.TrainingConfig.SIZE_BASE: "base",
     training_run_pb2.TrainingConfig.SIZE_LARGE: "large",
+}
+_SPLIT_OF = {
+    "leave_one_out": training_run_pb2.EvaluationConfig.SPLIT_LEAVE_ONE_OUT,
+    "global_time": training_run_pb2.EvaluationConfig.SPLIT_GLOBAL_TIME,
+}
+_SPLITS = {
+    training_run_pb2.EvaluationConfig.SPLIT_UNSPECIFIED: "leave_one_out",
+    training_run_pb2.EvaluationConfig.SPLIT_LEAVE_ONE_OUT: "leave_one_out",
+    training_run_pb2.EvaluationConfig.SPLIT_GLOBAL_TIME: "global_time",
 }
 _SIZE_OF = {"tiny": 1, "small": 2, "base": 3, "large": 4}
 
@@ -34,16 +42,7 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
 
     Raises:
         InvalidInput: naming every field that is wrong.
-        Unimplemented: it asks for what this build cannot do.
     """
-    if message.initial_version:
-        raise Unimplemented(
-            "NOT_BUILT_YET", "config.initial_version is not built yet; leave it out to train from the start."
-        )
-    if message.evaluation.split == training_run_pb2.EvaluationConfig.SPLIT_GLOBAL_TIME:
-        raise Unimplemented(
-            "NOT_BUILT_YET", "config.evaluation.split: only SPLIT_LEAVE_ONE_OUT is built yet; leave it out."
-        )
     violations = Violations()
     violations.check(message.size in _SIZES, "config.size", "must be a size of TrainingConfig.")
     violations.check(
@@ -73,7 +72,21 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         refit=message.refit if message.HasField("refit") else True,
         max_memory_bytes=message.max_memory_bytes,
         differential_privacy=private,
+        initial_version=check_name(message.initial_version, "config.initial_version", "")
+        if message.initial_version
+        else "",
     )
+
+
+def evaluation_from_proto(
+    evaluation: training_run_pb2.EvaluationConfig, window: training_run_pb2.DataWindow
+) -> TrainingConfig:
+    """Returns what an evaluation measures with, every default filled in. Raises InvalidInput."""
+    violations = Violations()
+    read = _window(window, violations, "window")
+    measured = _evaluation(evaluation, violations, "evaluation")
+    violations.raise_any()
+    return TrainingConfig(window=read, evaluation=measured, promote=False)
 
 
 def _rounded(value: float) -> float | int:
@@ -81,16 +94,18 @@ def _rounded(value: float) -> float | int:
     return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
-def _window(message: training_run_pb2.DataWindow, violations: Violations) -> DataWindow:
+def _window(
+    message: training_run_pb2.DataWindow, violations: Violations, path: str = "config.window"
+) -> DataWindow:
     start = message.start_time.ToDatetime(UTC) if message.HasField("start_time") else None
     end = message.end_time.ToDatetime(UTC) if message.HasField("end_time") else None
     violations.check(
-        start is None or end is None or start < end, "config.window.end_time", "must be after start_time."
+        start is None or end is None or start < end, f"{path}.end_time", "must be after start_time."
     )
     for place, kind in enumerate(message.kinds):
         violations.check(
             kind in INTEREST_KINDS,
-            f"config.window.kinds[{place}]",
+            f"{path}.kinds[{place}]",
             "must express interest in an item: a view, cart addition, purchase, rating, review, wish, share or "
             "recommendation click.",
         )
@@ -101,9 +116,9 @@ def _window(message: training_run_pb2.DataWindow, violations: Violations) -> Dat
     ):
         value = getattr(message, name)
         violations.check(
-            0 <= value <= high, f"config.window.{name}", f"must be in [1, {high}], or 0 for the default."
+            0 <= value <= high, f"{path}.{name}", f"must be in [1, {high}], or 0 for the default."
         )
-    violations.check(message.max_user_events != 1, "config.window.max_user_events", "must be at least 2.")
+    violations.check(message.max_user_events != 1, f"{path}.max_user_events", "must be at least 2.")
     return DataWindow(
         start_time=start.isoformat() if start else None,
         end_time=end.isoformat() if end else None,
@@ -114,19 +129,23 @@ def _window(message: training_run_pb2.DataWindow, violations: Violations) -> Dat
     )
 
 
-def _evaluation(message: training_run_pb2.EvaluationConfig, violations: Violations) -> EvaluationConfig:
-    violations.check(message.max_users >= 0, "config.evaluation.max_users", "must not be negative.")
+def _evaluation(
+    message: training_run_pb2.EvaluationConfig, violations: Violations, path: str = "config.evaluation"
+) -> EvaluationConfig:
+    violations.check(message.max_users >= 0, f"{path}.max_users", "must not be negative.")
     violations.check(
         message.bootstrap_resamples == 0 or 100 <= message.bootstrap_resamples <= 10_000,
-        "config.evaluation.bootstrap_resamples",
+        f"{path}.bootstrap_resamples",
         "must be in [100, 10000], or 0 for 1,000.",
     )
     violations.check(
         message.confidence == 0 or 0.5 < message.confidence < 1,
-        "config.evaluation.confidence",
+        f"{path}.confidence",
         "must be in (0.5, 1), or 0 for 0.95.",
     )
+    violations.check(message.split in _SPLITS, f"{path}.split", "must be a split of EvaluationConfig.")
     return EvaluationConfig(
+        split=_SPLITS.get(message.split, "leave_one_out"),
         exclude_seen=message.exclude_seen if message.HasField("exclude_seen") else True,
         max_users=message.max_users or 20_000,
         bootstrap_resamples=message.bootstrap_resamples or 1_000,
@@ -152,7 +171,7 @@ def config_to_proto(config: TrainingConfig) -> training_run_pb2.TrainingConfig:
         seed=config.seed,
         window=window,
         evaluation=training_run_pb2.EvaluationConfig(
-            split=training_run_pb2.EvaluationConfig.SPLIT_LEAVE_ONE_OUT,
+            split=_SPLIT_OF[config.evaluation.split],
             exclude_seen=config.evaluation.exclude_seen,
             max_users=config.evaluation.max_users,
             bootstrap_resamples=config.evaluation.bootstrap_resamples,
@@ -165,4 +184,5 @@ def config_to_proto(config: TrainingConfig) -> training_run_pb2.TrainingConfig:
         refit=config.refit,
         max_memory_bytes=config.max_memory_bytes,
         differential_privacy=privacy_to_proto(config.differential_privacy),
+        initial_version=config.initial_version,
     )

@@ -47,32 +47,13 @@ def alias_to_proto(alias: Alias) -> model_pb2.AliasState:
 def version_to_proto(version: ModelVersion) -> model_pb2.ModelVersion:
     """Returns a version as the contract shows it."""
     manifest = version.manifest
-    evaluation, data = manifest.get("evaluation", {}), manifest.get("data", {})
-    metrics, baselines = manifest.get("metrics", {}), manifest.get("baselines", {})
+    data = manifest.get("data", {})
     message = model_pb2.ModelVersion(
         model=version.model,
         version=version.version,
         create_time=time_of(manifest["created_at"]),
         run_id=manifest.get("run_id", ""),
-        evaluation=model_pb2.EvaluationReport(
-            metrics=metrics_to_proto(metrics),
-            ladder=[
-                model_pb2.LadderRung(name=name, metrics=metrics_to_proto(values))
-                for name, values in [("blend", metrics), *baselines.items()]
-            ],
-            slices=[
-                model_pb2.Slice(
-                    name=part["name"],
-                    user_count=part["users"],
-                    metrics=metrics_to_proto(part["metrics"]),
-                    incumbent_metrics=metrics_to_proto(part.get("incumbent_metrics", {})),
-                )
-                for part in manifest.get("slices", [])
-            ],
-            user_count=evaluation.get("users", 0),
-            protocol=evaluation.get("protocol", ""),
-            confidence=evaluation.get("confidence", 0.0),
-        ),
+        evaluation=report_to_proto(manifest),
         gate=gate_to_proto(manifest.get("gate", {})),
         data=model_pb2.DataSummary(
             watermark=bytes.fromhex(data.get("watermark", "")),
@@ -99,6 +80,31 @@ def version_to_proto(version: ModelVersion) -> model_pb2.ModelVersion:
         message.data.first_event_time.CopyFrom(time_of(data["first_event_at"]))
         message.data.last_event_time.CopyFrom(time_of(data["last_event_at"]))
     return message
+
+
+def report_to_proto(fields: Mapping[str, Any]) -> model_pb2.EvaluationReport:
+    """Returns measures in the manifest's form as the contract shows them."""
+    evaluation = fields.get("evaluation", {})
+    metrics, baselines = fields.get("metrics", {}), fields.get("baselines", {})
+    return model_pb2.EvaluationReport(
+        metrics=metrics_to_proto(metrics),
+        ladder=[
+            model_pb2.LadderRung(name=name, metrics=metrics_to_proto(values))
+            for name, values in [("blend", metrics), *baselines.items()]
+        ],
+        slices=[
+            model_pb2.Slice(
+                name=part["name"],
+                user_count=part["users"],
+                metrics=metrics_to_proto(part["metrics"]),
+                incumbent_metrics=metrics_to_proto(part.get("incumbent_metrics", {})),
+            )
+            for part in fields.get("slices", [])
+        ],
+        user_count=evaluation.get("users", 0),
+        protocol=evaluation.get("protocol", ""),
+        confidence=evaluation.get("confidence", 0.0),
+    )
 
 
 def metrics_to_proto(values: Mapping[str, Any]) -> list[model_pb2.Metric]:

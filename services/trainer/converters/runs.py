@@ -5,7 +5,7 @@ from __future__ import annotations
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 
 from services.trainer.converters.config import config_to_proto
-from services.trainer.converters.models import gate_to_proto
+from services.trainer.converters.models import gate_to_proto, report_to_proto
 from services.trainer.converters.times import timestamp
 from services.trainer.domain.runs import Progress, TrainingRun
 
@@ -15,7 +15,7 @@ def run_to_proto(run: TrainingRun) -> training_run_pb2.TrainingRun:
     message = training_run_pb2.TrainingRun(
         run_id=run.run_id,
         model=run.model,
-        kind=training_run_pb2.TrainingRun.KIND_TRAINING,
+        kind=training_run_pb2.TrainingRun.Kind.Value(f"KIND_{run.task.kind}"),
         state=training_run_pb2.TrainingRun.State.Value(f"STATE_{run.state}"),
         stage=training_run_pb2.TrainingRun.Stage.Value(f"STAGE_{run.stage}"),
         config=config_to_proto(run.config),
@@ -23,6 +23,17 @@ def run_to_proto(run: TrainingRun) -> training_run_pb2.TrainingRun:
         version=run.version,
         cancel_comment=run.cancel_comment,
         promoted=run.promoted,
+        schedule_id=run.schedule_id,
+        evaluation=report_to_proto(run.evaluation) if run.evaluation else None,
+        trials=[
+            training_run_pb2.TuningTrial(
+                trial_number=trial.trial_number,
+                hyper_parameters=training_run_pb2.HyperParameters(**trial.overrides),  # type: ignore[arg-type]
+                validation_ndcg_at_10=trial.validation_ndcg_at_10,
+                elapsed_seconds=trial.elapsed_seconds,
+            )
+            for trial in run.trials
+        ],
     )
     if run.started_at:
         message.start_time.CopyFrom(timestamp(run.started_at))

@@ -19,6 +19,14 @@ PRODUCTION = "production"
 EXIT_INTERRUPTED = 75
 
 
+class RunKind(StrEnum):
+    """What a run does; names as in the proto, without the prefix."""
+
+    TRAINING = "TRAINING"
+    EVALUATION = "EVALUATION"
+    TUNING = "TUNING"
+
+
 class RunState(StrEnum):
     """Where a run stands; names as in the proto, without the prefix."""
 
@@ -49,8 +57,9 @@ class DataWindow:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationConfig:
-    """How a model is measured."""
+    """How a model is measured. `split` is "leave_one_out" or "global_time"."""
 
+    split: str = "leave_one_out"
     exclude_seen: bool = True
     max_users: int = 20_000
     bootstrap_resamples: int = 1_000
@@ -73,6 +82,7 @@ class TrainingConfig:
     refit: bool = True
     max_memory_bytes: int = 0
     differential_privacy: DifferentialPrivacy | None = None
+    initial_version: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a form that `from_json` reads."""
@@ -97,6 +107,47 @@ class TrainingConfig:
                 **{n: evaluation[n] for n in EvaluationConfig.__dataclass_fields__ if n in evaluation}
             ),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a run is to do beside its configuration.
+
+    Attributes:
+        version: of an evaluation: the version or alias to measure.
+        max_trials, max_seconds: of a tuning.
+        resume_run_id: of a tuning: the run whose trials to keep; empty for none.
+    """
+
+    kind: RunKind = RunKind.TRAINING
+    version: str = ""
+    max_trials: int = 0
+    max_seconds: int = 0
+    resume_run_id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a form that `from_json` reads, without what is at its default."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "kind" and value != self.__dataclass_fields__[name].default
+        }
+
+    @classmethod
+    def from_json(cls, kind: str, fields: Mapping[str, Any]) -> Task:
+        """Reads the form of `to_json`; fields of a later build are ignored."""
+        known = {n: fields[n] for n in cls.__dataclass_fields__ if n in fields and n != "kind"}
+        return cls(RunKind(kind), **known)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The outcome of one trial of a tuning run: departures from the size, by name, and what they gave."""
+
+    trial_number: int
+    overrides: Mapping[str, float | int]
+    validation_ndcg_at_10: float
+    elapsed_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +177,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRun:
-    """A run as it is stored. `gate` is as in the manifest, or None."""
+    """A run as it is stored.
+
+    Attributes:
+        gate: as in the manifest, or None.
+        evaluation: measures in the manifest's form; of an evaluation that has ended.
+        trials: of a tuning, best first.
+    """
 
     run_id: str
     model: str
@@ -143,6 +200,10 @@ class TrainingRun:
     cancel_comment: str = ""
     promoted: bool = False
     attempt: int = 0
+    task: Task = Task()
+    evaluation: Mapping[str, Any] | None = None
+    trials: tuple[Trial, ...] = ()
+    schedule_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,15 @@ U = people, I = items. X is the binary (U, I) matrix of who touched what.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 import scipy.sparse
 
-from services.trainer.pipeline.dataset import Histories
+from services.trainer.pipeline.dataset import HeldOut, Histories
+from services.trainer.pipeline.evaluation import EASE, ITEM_KNN, Neighbours, choose_query_decay
 from shared.bundle.scoring import CooccurrenceMatrix
 
 # EASE inverts an I x I matrix: 1.6 GB and minutes at this size.
@@ -101,3 +104,28 @@ def _compressed(
     return CooccurrenceMatrix(
         indptr_I1.astype(np.int64), column_N.astype(np.int32), weight_N.astype(np.float32)
     )
+
+
+def item_item_baselines(
+    histories: Histories,
+    training: Histories,
+    before_test: Histories,
+    validation: HeldOut,
+    window: int,
+    exclude_seen: bool,
+    full_ladder: bool = False,
+) -> dict[str, Neighbours]:
+    """Returns the item-item baselines for the test, their recency chosen on the validation events.
+
+    Args:
+        window: newest events of a history that they look at.
+        full_ladder: EASE whatever it costs, else where it takes about a second.
+    """
+    makers: dict[str, Callable[[Histories], CooccurrenceMatrix]] = {ITEM_KNN: item_knn}
+    if histories.item_count <= (EASE_MAX_ITEMS if full_ladder else EASE_CHEAP_ITEMS):
+        makers[EASE] = ease
+    found = {}
+    for name, make in makers.items():
+        chosen = choose_query_decay(histories, validation, make(training), window, exclude_seen)
+        found[name] = Neighbours.of(make(before_test), chosen.scoring)
+    return found

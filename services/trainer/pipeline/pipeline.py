@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
-from services.trainer.pipeline.baselines import EASE_CHEAP_ITEMS, EASE_MAX_ITEMS, ease, item_knn
+from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
@@ -34,14 +34,10 @@ from services.trainer.pipeline.dataset import (
 )
 from services.trainer.pipeline.evaluation import (
     BLEND,
-    EASE,
     FOUNDING,
-    ITEM_KNN,
     Contestants,
-    Neighbours,
     choose_blend,
     choose_half_life,
-    choose_query_decay,
     climb_ladder,
     ndcg_at_10,
     popularity,
@@ -69,7 +65,7 @@ _VALIDATION_USERS = (500, 3_000)
 # A version in service is encoded person by person, as it serves: so many are enough to compare.
 _COMPARED_USERS = 3_000
 # History items older than this weigh less than e^-12 in the companion.
-_COMPANION_WINDOW = 24
+COMPANION_WINDOW = 24
 _SECONDS_BETWEEN_STEPS = 5.0
 _EXPORT_SECONDS = 6.0
 _NO_LEAD = Interval(0.0, 0.0, 0.0)
@@ -227,7 +223,7 @@ def train_model(
             "Counting co-occurrence and popularity.",
             remaining_seconds=rest.while_fitting() + 8.0,
         )
-        scoring = ScoringParameters(lambda_=1.0, window=min(_COMPANION_WINDOW, size.cooccurrence_window))
+        scoring = ScoringParameters(lambda_=1.0, window=min(COMPANION_WINDOW, size.cooccurrence_window))
         counts = PairCounts(histories.item_count, size.cooccurrence_window)
         counts.add(histories, 0, split.training_U)
         counted = counts.matrix()
@@ -342,7 +338,9 @@ def train_model(
     )
     train_cpu_seconds = time.process_time() - cpu_before
     train_wall_seconds = time.monotonic() - wall_before
-    neighbours = _baselines(histories, training, known, validation, size, plan)
+    neighbours = item_item_baselines(
+        histories, training, known, validation, size.cooccurrence_window, exclude, plan.full_ladder
+    )
     check()
     factors = {}
     if plan.full_ladder:
@@ -473,27 +471,6 @@ def train_model(
 
 def _import_tensorflow() -> None:
     importlib.import_module("services.trainer.pipeline.export")
-
-
-def _baselines(
-    histories: Histories,
-    training: Histories,
-    before_test: Histories,
-    validation: HeldOut,
-    size: HyperParameters,
-    plan: Plan,
-) -> dict[str, Neighbours]:
-    """Returns the item-item baselines for the test, their recency chosen on the validation events."""
-    makers: dict[str, Callable[[Histories], Any]] = {ITEM_KNN: item_knn}
-    if histories.item_count <= (EASE_MAX_ITEMS if plan.full_ladder else EASE_CHEAP_ITEMS):
-        makers[EASE] = ease
-    found = {}
-    for name, make in makers.items():
-        chosen = choose_query_decay(
-            histories, validation, make(training), size.cooccurrence_window, plan.exclude_seen
-        )
-        found[name] = Neighbours.of(make(before_test), chosen.scoring)
-    return found
 
 
 def _compare(

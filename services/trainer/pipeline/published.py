@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 import numpy as np
 import numpy.typing as npt
 
 from services.trainer.pipeline.dataset import HeldOut, Histories
-from services.trainer.pipeline.evaluation import Contestants
+from services.trainer.pipeline.evaluation import Contestants, Neighbours
 from shared.bundle import Bundle
 from shared.bundle.history import History, encoder_inputs, mark_clean_events
 from shared.bundle.scoring import CooccurrenceMatrix
@@ -29,7 +29,11 @@ def index_in(bundle: Bundle, histories: Histories) -> Int64:
 
 
 def contestants_of(
-    bundle: Bundle, histories: Histories, popularity_I: Float32, popularity_decayed_I: Float32
+    bundle: Bundle,
+    histories: Histories,
+    popularity_I: Float32,
+    popularity_decayed_I: Float32,
+    neighbours: Mapping[str, Neighbours] | None = None,
 ) -> Contestants:
     """Returns the version as a contestant over the items of the histories; what it does not know comes last."""
     index_I = index_in(bundle, histories)
@@ -43,6 +47,7 @@ def contestants_of(
         bundle.scoring,
         popularity_I,
         popularity_decayed_I,
+        neighbours or {},
     )
 
 

@@ -15,7 +15,7 @@ from shared.ranking_metrics import Interval, bootstrap_intervals, hits_of_rank, 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
-MEASURES = ("hr@5", "hr@10", "hr@20", "ndcg@10", "mrr", "precision@10")
+MEASURES = ("hr@5", "hr@10", "hr@20", "ndcg@10", "mrr", "recall@10", "precision@10")
 _NDCG = MEASURES.index("ndcg@10")
 _BINS = 10
 _DIVERSITY_USERS = 2_000
@@ -107,11 +107,15 @@ class Report:
 
 
 def measures_of_rank(rank_B: Int64) -> npt.NDArray[np.float64]:
-    """Returns each of MEASURES for each ranking, (B, 6). MRR is of the whole ranking."""
+    """Returns each of MEASURES for each ranking, (B, 7).
+
+    MRR is of the whole ranking. One item is wanted: recall is the hit rate, precision a tenth of it.
+    """
     hit_BL = hits_of_rank(rank_B, 20)
     hr_10 = hr_at_k(hit_BL, 10)
     return np.stack(
-        [hr_at_k(hit_BL, 5), hr_10, hr_at_k(hit_BL, 20), ndcg_at_10(rank_B), 1.0 / rank_B, hr_10 / 10], axis=1
+        [hr_at_k(hit_BL, 5), hr_10, hr_at_k(hit_BL, 20), ndcg_at_10(rank_B), 1.0 / rank_B, hr_10, hr_10 / 10],
+        axis=1,
     )
 
 

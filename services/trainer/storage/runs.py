@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +14,15 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from services.trainer.domain.runs import Progress, RunFailure, RunState, TrainingConfig, TrainingRun
+from services.trainer.domain.runs import (
+    Progress,
+    RunFailure,
+    RunState,
+    Task,
+    TrainingConfig,
+    TrainingRun,
+    Trial,
+)
 from shared.database import Database, trusted_sql
 from shared.errors import AlreadyExists, ResourceExhausted
 
@@ -37,10 +46,20 @@ class PostgresRunStore:
 
     # ---- ports.RunStore
 
-    def create(self, model: str, config: TrainingConfig, *, request_id: str, max_queued: int) -> TrainingRun:
+    def create(
+        self,
+        model: str,
+        config: TrainingConfig,
+        task: Task,
+        *,
+        request_id: str,
+        max_queued: int,
+        schedule_id: str = "",
+    ) -> TrainingRun:
         """See `ports.RunStore.create`."""
-        fields = config.to_json()
-        digest = hashlib.sha256(json.dumps([model, fields], sort_keys=True).encode()).digest()
+        fields, task_fields = config.to_json(), task.to_json()
+        asked = [model, fields, task.kind, task_fields]
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
         run_id = f"run-{uuid.uuid4().hex}"
         with self._database.connect() as connection:
             waiting = connection.execute(
@@ -57,9 +76,19 @@ class PostgresRunStore:
             inserted = (
                 known is None
                 and connection.execute(
-                    "INSERT INTO training_runs (run_id, model, state, config, request_id, request_digest) "
-                    "VALUES (%s, %s, 'QUEUED', %s, %s, %s) ON CONFLICT (request_id) DO NOTHING RETURNING run_id",
-                    (run_id, model, Jsonb(fields), request_id or None, digest),
+                    "INSERT INTO training_runs (run_id, model, kind, state, config, task, request_id, request_digest, "
+                    "schedule_id) VALUES (%s, %s, %s, 'QUEUED', %s, %s, %s, %s, %s) "
+                    "ON CONFLICT (request_id) DO NOTHING RETURNING run_id",
+                    (
+                        run_id,
+                        model,
+                        str(task.kind),
+                        Jsonb(fields),
+                        Jsonb(task_fields),
+                        request_id or None,
+                        digest,
+                        schedule_id,
+                    ),
                 ).fetchone()
             )
             if not inserted:
@@ -214,6 +243,28 @@ class PostgresRunStore:
             ).fetchone()
         return RunState(row[0]) if row else None
 
+    def finish_evaluation(self, run_id: str, attempt: int, measures: Mapping[str, Any]) -> bool:
+        """Ends an evaluation that is still running in this attempt with what it found; returns whether it was."""
+        with self._database.connect() as connection:
+            ended = connection.execute(
+                "UPDATE training_runs SET state = 'SUCCEEDED', evaluation = %s, ended_at = clock_timestamp() "
+                "WHERE run_id = %s AND attempt = %s AND state = 'RUNNING'",
+                (Jsonb(dict(measures)), run_id, attempt),
+            )
+            return ended.rowcount == 1
+
+    def add_trial(self, run_id: str, attempt: int, trial: Trial) -> None:
+        """Keeps a trial of a tuning run, while this attempt is the run's."""
+        with self._database.connect() as connection:
+            connection.execute(
+                "UPDATE training_runs SET trials = trials || %s WHERE run_id = %s AND attempt = %s",
+                (Jsonb([asdict(trial)]), run_id, attempt),
+            )
+
+    def finish(self, run_id: str, attempt: int) -> bool:
+        """Ends a run that published nothing and needed to; returns whether it was still running in this attempt."""
+        return self.end(run_id, attempt, RunState.SUCCEEDED)
+
     def append_progress(self, run_id: str, stage: str, message: str, **fields: Any) -> int:
         """Adds an entry to a run's journal and sets the run's stage; returns its number."""
         with self._database.connect() as connection:
@@ -275,6 +326,12 @@ def _run(row: Mapping[str, Any]) -> TrainingRun:
         cancel_comment=row["cancel_comment"],
         promoted=row["promoted"],
         attempt=row["attempt"],
+        task=Task.from_json(row["kind"], row["task"]),
+        evaluation=row["evaluation"],
+        trials=tuple(
+            sorted((Trial(**trial) for trial in row["trials"]), key=lambda t: -t.validation_ndcg_at_10)
+        ),
+        schedule_id=row["schedule_id"],
     )
 
 

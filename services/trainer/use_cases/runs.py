@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from services.trainer.domain.hyper_parameters import resolve
-from services.trainer.domain.runs import Progress, RunState, TrainingConfig, TrainingRun
-from services.trainer.ports import RunStarter, RunStore
+from services.trainer.domain.runs import Progress, RunKind, RunState, Task, TrainingConfig, TrainingRun
+from services.trainer.ports import ModelRegistry, RunStarter, RunStore
 from services.trainer.use_cases.pages import Page
 from shared.errors import FailedPrecondition, FieldViolation, InvalidInput, NotFound
 
@@ -23,17 +23,63 @@ class TrainingRuns:
     """
 
     def __init__(
-        self, store: RunStore, starter: RunStarter, *, wait: Callable[[float], None], max_queued: int
+        self,
+        store: RunStore,
+        starter: RunStarter,
+        registry: ModelRegistry,
+        *,
+        wait: Callable[[float], None],
+        max_queued: int,
     ) -> None:
-        self._store, self._starter, self._wait, self._max_queued = store, starter, wait, max_queued
+        self._store, self._starter, self._registry = store, starter, registry
+        self._wait, self._max_queued = wait, max_queued
 
     def create(self, model: str, config: TrainingConfig, request_id: str) -> TrainingRun:
-        """Queues a run; the same request again returns the same run. Raises InvalidInput for hyper-parameters out of range."""
+        """Queues a training; the same request again returns the same run.
+
+        Raises:
+            InvalidInput: hyper-parameters are out of range.
+            NotFound: there is no version `config.initial_version`.
+        """
         # Refused here, where the caller still listens, not in the run's process.
         resolve(config.size, config.overrides)
-        run = self._store.create(model, config, request_id=request_id, max_queued=self._max_queued)
+        if config.initial_version:
+            self._require_version(model, config.initial_version)
+        return self._queue(model, config, Task(), request_id)
+
+    def evaluate(self, model: str, version: str, config: TrainingConfig, request_id: str) -> TrainingRun:
+        """Queues the measuring of a version, named by itself or by an alias; raises NotFound."""
+        self._require_version(model, version)
+        return self._queue(model, config, Task(RunKind.EVALUATION, version=version), request_id)
+
+    def tune(self, model: str, config: TrainingConfig, task: Task, request_id: str) -> TrainingRun:
+        """Queues a search for hyper-parameters.
+
+        Raises:
+            InvalidInput: hyper-parameters are out of range, or the run to resume is no tuning of this model.
+            NotFound: there is no run to resume.
+        """
+        resolve(config.size, config.overrides)
+        if task.resume_run_id:
+            resumed = self.get(task.resume_run_id)
+            if resumed.task.kind != RunKind.TUNING or resumed.model != model:
+                problem = f"must be a tuning run of model {model}."
+                raise InvalidInput(
+                    "INVALID_REQUEST",
+                    f"resume_run_id {problem}",
+                    {},
+                    [FieldViolation("resume_run_id", problem)],
+                )
+        return self._queue(model, config, task, request_id)
+
+    def _queue(self, model: str, config: TrainingConfig, task: Task, request_id: str) -> TrainingRun:
+        run = self._store.create(model, config, task, request_id=request_id, max_queued=self._max_queued)
         self._starter.wake()
         return run
+
+    def _require_version(self, model: str, version: str) -> None:
+        alias = self._registry.alias(model, version)
+        self._registry.version(model, alias.version if alias else version)
 
     def get(self, run_id: str) -> TrainingRun:
         """Returns a run; raises NotFound."""

@@ -1,0 +1,133 @@
+"""A training run: from the log to a published version."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from services.trainer.domain.runs import TrainingRun
+from services.trainer.pipeline.pipeline import TrainedModel, train_model
+from services.trainer.run.heart import Heart
+from services.trainer.run.work import Work, code_version, plan_of
+from services.trainer.storage import PublishingLease
+from shared.bundle import Bundle, Registry, load_bundle, write_bundle
+from shared.errors import Aborted, Cancelled, DataLoss, FailedPrecondition
+from shared.keys import read_signing_key
+
+_LEASE_PATIENCE_SECONDS = 20.0
+
+
+def train(work: Work) -> None:
+    """Does the run's work, to the published version.
+
+    Raises:
+        ShopkeeperError: with a reason of the contract; nothing is published.
+    """
+    run, settings = work.run, work.settings
+    if run.config.differential_privacy is not None:
+        raise FailedPrecondition("NOT_BUILT_YET", "Training with differential privacy is not built yet.")
+    size, plan = plan_of(run.config)
+    signing_key = read_signing_key(settings.keys_path)
+    lease = PublishingLease(work.database, run.model)
+    try:
+        _acquire(lease, run, work.heart)
+        events = work.read_log()
+        attributes, why_none = work.read_catalogue()
+        known = f"{len(attributes):,} items in the catalogue" if not why_none else f"no catalogue: {why_none}"
+        work.report("READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}.")
+        registry = Registry(settings.registry_path)
+        served, incumbent = version_in_service(registry, work, signing_key.public_key())
+        trained = train_model(
+            events,
+            attributes,
+            size,
+            plan,
+            model_name=run.model,
+            seed=run.config.seed,
+            report=work.report,
+            should_stop=work.heart.should_stop,
+            code_version=code_version(),
+            incumbent=incumbent,
+        )
+        work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
+        version = lease.publish(
+            run.run_id,
+            run.attempt,
+            lambda: _publish(registry, run, trained, served, signing_key, work.logger),
+        )
+        if version is None:
+            raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
+    finally:
+        lease.close()
+
+
+def _acquire(lease: PublishingLease, run: TrainingRun, heart: Heart) -> None:
+    deadline = time.monotonic() + _LEASE_PATIENCE_SECONDS
+    while not lease.try_acquire():
+        if time.monotonic() > deadline or heart.should_stop():
+            raise Aborted(
+                "LEASE_LOST",
+                f"Another process holds the publishing lease of model {run.model}; start the run again when it is done.",
+                {"model": run.model},
+            )
+        time.sleep(0.2)
+
+
+def version_in_service(
+    registry: Registry, work: Work, public_key: Ed25519PublicKey
+) -> tuple[str, Bundle | None]:
+    """Returns where the alias points that the run would change (empty: nowhere), and what the new one must beat.
+
+    A version that no longer loads is no reason to keep its successor back.
+    """
+    run = work.run
+    alias = registry.alias(run.model, run.config.promote_alias)
+    if alias is None:
+        return "", None
+    try:
+        return alias.version, load_bundle(registry.version_path(run.model, alias.version), public_key)
+    except DataLoss as error:
+        work.report("READING", f"The version in service is not compared with: {error.message}")
+        return alias.version, None
+
+
+def _publish(
+    registry: Registry, run: TrainingRun, trained: TrainedModel, served: str, signing_key: Any, logger: Any
+) -> tuple[str, dict[str, Any], str | None]:
+    version = write_bundle(
+        registry,
+        run.model,
+        arrays=trained.arrays,
+        vocabulary=trained.vocabulary,
+        encoder_bytes=trained.encoder_bytes,
+        manifest_fields={**trained.manifest_fields, "run_id": run.run_id},
+        attachments=trained.attachments,
+        signing_key=signing_key,
+    )
+    return version, trained.manifest_fields["gate"], _promote(registry, run, trained, version, served, logger)
+
+
+def _promote(
+    registry: Registry, run: TrainingRun, trained: TrainedModel, version: str, served: str, logger: Any
+) -> str | None:
+    """Points the alias where the gate and the run allow it; returns why not, or None where it did."""
+    if not run.config.promote:
+        return "the run was told not to promote"
+    if not trained.verdict.may_serve:
+        return "the gate failed it"
+    cause = "GATE_PASSED" if trained.verdict.verdict == "PASSED" else "FORCED"
+    try:
+        # The verdict is about the version that served when the run began, and holds for no other.
+        registry.set_alias(
+            run.model, run.config.promote_alias, version, reason=cause, comment=f"run {run.run_id}",
+            expected_current=served,
+        )  # fmt: skip
+    except Aborted as error:
+        return f"another version was promoted during the run. {error.message}"
+    except OSError as error:
+        # The version stands; an operator can promote it when the disk is mended.
+        logger.error("alias not changed", alias=run.config.promote_alias, error=str(error))
+        return f"the alias could not be written ({error.strerror})"
+    return None

@@ -1,0 +1,116 @@
+"""What the kinds of runs have in common: the run at work, its plan, the log, the catalogue."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from typing import Any
+
+import psycopg
+
+from services.trainer.clients import CatalogueClient
+from services.trainer.domain.hyper_parameters import HyperParameters, resolve
+from services.trainer.domain.runs import TrainingConfig, TrainingRun
+from services.trainer.pipeline.dataset import Cleaning, EventColumns
+from services.trainer.pipeline.log_reader import read_events
+from services.trainer.pipeline.pipeline import Plan, peak_resident_bytes
+from services.trainer.run.heart import Heart
+from services.trainer.settings import TrainerSettings
+from services.trainer.storage import PostgresRunStore
+from shared.bundle.history import INTEREST_KINDS
+from shared.channel import tls_of
+from shared.database import Database
+from shared.errors import Cancelled, Unavailable
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A run at work."""
+
+    run: TrainingRun
+    settings: TrainerSettings
+    database: Database
+    store: PostgresRunStore
+    heart: Heart
+    logger: Any
+
+    def report(self, stage: str, message: str, **fields: Any) -> None:
+        """Writes an entry of the run's journal."""
+        self.logger.info(message, stage=stage, run_id=self.run.run_id)
+        self.store.append_progress(
+            self.run.run_id, stage, message, peak_resident_bytes=peak_resident_bytes(), **fields
+        )
+
+    def check(self) -> None:
+        """Raises Cancelled where the work is no longer wanted."""
+        if self.heart.should_stop():
+            raise Cancelled("CANCELLED", "The run was cancelled.")
+
+    def read_log(self) -> EventColumns:
+        """Returns the events of the run's window.
+
+        Raises:
+            Unavailable: LOG_UNAVAILABLE.
+        """
+        self.report("READING", "Reading the log.")
+        window = self.run.config.window
+        try:
+            with self.database.dedicated_connection(autocommit=True) as connection:
+                return read_events(
+                    connection,
+                    start_time=datetime.fromisoformat(window.start_time) if window.start_time else None,
+                    end_time=datetime.fromisoformat(window.end_time) if window.end_time else None,
+                    kinds=window.kinds or INTEREST_KINDS,
+                )
+        except (psycopg.Error, ValueError) as error:
+            raise Unavailable(
+                "LOG_UNAVAILABLE",
+                f"The log could not be read: {str(error).strip().splitlines()[0]}. Is feedback running, and migrated?",
+            ) from error
+
+    def read_catalogue(self) -> tuple[Mapping[str, Sequence[str]], str]:
+        """Returns the attribute values of each item id, and why there are none."""
+        settings = self.settings
+        catalogue = CatalogueClient(
+            settings.profile_address, settings.catalogue_timeout_seconds, tls_of(settings)
+        )
+        try:
+            return catalogue.attributes()
+        finally:
+            catalogue.close()
+
+
+def plan_of(config: TrainingConfig) -> tuple[HyperParameters, Plan]:
+    """Returns the size and the plan that a configuration asks for."""
+    overrides = dict(config.overrides)
+    if config.max_train_seconds:
+        overrides["max_train_seconds"] = config.max_train_seconds
+    window, evaluation = config.window, config.evaluation
+    return resolve(config.size, overrides), Plan(
+        cleaning=Cleaning(window.min_user_events, window.min_item_events, window.max_user_events),
+        exclude_seen=evaluation.exclude_seen,
+        refit=config.refit,
+        force=config.force,
+        max_test_users=evaluation.max_users,
+        resamples=evaluation.bootstrap_resamples,
+        confidence=evaluation.confidence,
+        split=evaluation.split,
+    )
+
+
+def code_version() -> str:
+    """Returns the commit of the code where there is one, else the version of the suite."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    try:
+        version = metadata.version("shopkeeper-suite")
+    except metadata.PackageNotFoundError:
+        version = "0"
+    return f"{version}+{commit}" if commit else version

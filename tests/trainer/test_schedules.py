@@ -1,0 +1,124 @@
+"""Runs that start by themselves: by the clock and on drift."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from shopkeeper.trainer.v1 import schedule_pb2, training_run_pb2
+from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
+
+from services.trainer.clock import next_run_at
+from tests.trainer.conftest import eventually
+from tests.trainer.test_run_lifecycle import failure_of
+
+NIGHT = "30 2 * * *"
+
+
+def moment(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("cron", "after", "then"),
+    [
+        (NIGHT, "2026-03-01 02:29", "2026-03-01 02:30"),
+        (NIGHT, "2026-03-01 02:30", "2026-03-02 02:30"),
+        ("*/15 * * * *", "2026-12-31 23:50", "2027-01-01 00:00"),
+        ("0 4 * * SUN", "2026-11-24 12:00", "2026-11-29 04:00"),
+        # A leap day comes again.
+        ("0 0 29 2 *", "2026-01-01 00:00", "2028-02-29 00:00"),
+    ],
+)
+def test_the_clock_says_when(cron: str, after: str, then: str) -> None:
+    assert next_run_at(cron, moment(after)) == moment(then)
+
+
+@pytest.mark.parametrize("cron", ["", "* * * *", "* * * * * *", "61 * * * *", "0 0 30 2 *", "@daily", "x"])
+def test_what_is_no_cron_expression_is_refused(cron: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        next_run_at(cron, moment("2026-01-01 00:00"))
+
+
+def schedule(schedule_id: str, **fields: object) -> pb.CreateScheduleRequest:
+    return pb.CreateScheduleRequest(
+        schedule_id=schedule_id,
+        schedule=schedule_pb2.Schedule(**fields),  # type: ignore[arg-type]
+    )
+
+
+def test_schedules_are_created_listed_and_deleted(record, start_trainer) -> None:
+    _, stub = start_trainer()
+    created = stub.CreateSchedule(schedule("nightly", cron=NIGHT))
+    assert created.model == "main"
+    assert created.config.size == training_run_pb2.TrainingConfig.SIZE_SMALL
+    at = created.next_run_time.ToDatetime(UTC)
+    assert (at.hour, at.minute) == (2, 30)
+    assert timedelta(0) < at - datetime.now(UTC) <= timedelta(days=1)
+    paused = stub.CreateSchedule(schedule("a-paused-one", cron="* * * * *", paused=True))
+    assert not paused.HasField("next_run_time")
+    drift = stub.CreateSchedule(schedule("on-drift", model="other", drift=schedule_pb2.DriftTrigger()))
+    assert drift.drift.max_population_stability_index == pytest.approx(0.2)
+    assert drift.drift.min_new_events == 1000
+    assert drift.drift.min_interval_seconds == 3600
+
+    first = stub.ListSchedules(pb.ListSchedulesRequest(page_size=2))
+    rest = stub.ListSchedules(pb.ListSchedulesRequest(page_size=2, page_token=first.next_page_token))
+    listed = [s.schedule_id for s in [*first.schedules, *rest.schedules]]
+    assert listed == ["a-paused-one", "nightly", "on-drift"]
+    assert first.schedules[1] == created
+
+    assert (
+        failure_of(lambda: stub.CreateSchedule(schedule("nightly", cron=NIGHT))).reason == "SCHEDULE_EXISTS"
+    )
+    for wrong in (
+        schedule("Nightly", cron=NIGHT),
+        schedule("x", cron="every night"),
+        schedule("x"),
+        schedule("x", drift=schedule_pb2.DriftTrigger(max_population_stability_index=-1)),
+    ):
+        assert failure_of(lambda wrong=wrong: stub.CreateSchedule(wrong)).reason == "INVALID_REQUEST"
+    stub.DeleteSchedule(pb.DeleteScheduleRequest(schedule_id="nightly"))
+    gone = failure_of(lambda: stub.DeleteSchedule(pb.DeleteScheduleRequest(schedule_id="nightly")))
+    assert gone.reason == "SCHEDULE_NOT_FOUND"
+
+
+def test_a_moment_starts_one_run_whatever_the_number_of_trainers_and_missed_ones_are_made_up_for_once(
+    record, start_trainer
+) -> None:
+    trainer, stub = start_trainer()
+    other, _ = start_trainer()
+    for each in (trainer, other):
+        each.supervisor.stop()
+        each.scheduler.stop()
+    stub.CreateSchedule(schedule("often", cron="*/5 * * * *"))
+    # No trainer ran for an hour.
+    with trainer.database.connect() as connection:
+        connection.execute("UPDATE schedules SET next_run_at = next_run_at - interval '1 hour'")
+    trainer.scheduler.tick()
+    other.scheduler.tick()
+    runs = stub.ListTrainingRuns(pb.ListTrainingRunsRequest()).training_runs
+    assert [run.schedule_id for run in runs] == ["often"]
+    (kept,) = stub.ListSchedules(pb.ListSchedulesRequest()).schedules
+    assert kept.last_run_id == runs[0].run_id
+    now = Timestamp()
+    now.GetCurrentTime()
+    assert kept.next_run_time.seconds > now.seconds
+
+    # Killed between the run's creation and the note of it: the same moment is the same run.
+    with trainer.database.connect() as connection:
+        request_id = connection.execute("SELECT request_id FROM training_runs").fetchone()[0]  # type: ignore[index]
+        connection.execute(
+            "UPDATE schedules SET next_run_at = %s", (datetime.fromisoformat(request_id.split(" ", 2)[2]),)
+        )
+    other.scheduler.tick()
+    assert len(stub.ListTrainingRuns(pb.ListTrainingRunsRequest()).training_runs) == 1
+
+
+def test_the_servers_own_thread_starts_what_is_due(record, start_trainer) -> None:
+    trainer, stub = start_trainer()
+    stub.CreateSchedule(schedule("nightly", cron=NIGHT))
+    with trainer.database.connect() as connection:
+        connection.execute("UPDATE schedules SET next_run_at = clock_timestamp()")
+    eventually(lambda: len(stub.ListTrainingRuns(pb.ListTrainingRunsRequest()).training_runs) == 1, 20)
