@@ -25,6 +25,7 @@ from shopkeeper.profile.v1 import (
 )
 
 from services.profile.converters.churn import ChurnConverter
+from services.profile.converters.item_files import ItemDirectory
 from services.profile.converters.items import encode_item
 from services.profile.converters.profiles import ProfileConverter
 from services.profile.converters.segments import SegmentConverter
@@ -38,18 +39,21 @@ from services.profile.storage import catalogue as catalogue_storage
 from services.profile.storage import log as log_storage
 from services.profile.storage.churn_alerts import PostgresChurnAlerts
 from services.profile.storage.churn_registry import ChurnModels, gate_reasons, verdict
+from services.profile.storage.item_imports import PostgresItemImports
 from services.profile.storage.merges import PostgresMerges
 from services.profile.storage.purchases import PostgresPurchases
 from services.profile.storage.segments import PostgresSegments
 from services.profile.use_cases.catalogue import Catalogue
 from services.profile.use_cases.churn import ChurnWatch, train_churn
 from services.profile.use_cases.follow_log import LogFollower
+from services.profile.use_cases.item_imports import ManageItemImports, RunItemImports
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.database import Database, migrate, resolve_url
 from shared.errors import Unavailable
+from shared.exclusive_worker import ExclusiveWorker
 from shared.identity import UserKey
 from shared.keys import read_signing_key, read_verifying_key
 from shared.privacy import Pseudonymizer
@@ -62,6 +66,10 @@ SERVICE_NAMES = (
     profile_service_pb2.DESCRIPTOR.services_by_name["ProfileService"].full_name,
     catalog_service_pb2.DESCRIPTOR.services_by_name["CatalogService"].full_name,
 )
+
+
+# One family with the lock of alerts: work that one replica does for all.
+IMPORTS_LOCK = 0x53484F50_494D504F
 
 
 def clock_us() -> int:
@@ -84,6 +92,7 @@ class Profile:
     profile_servicer: ProfileServicer
     catalog_servicer: CatalogServicer
     listeners: tuple[log_storage.Listener, ...]
+    workers: tuple[ExclusiveWorker, ...]
     threads: list[threading.Thread]
     drained: threading.Event
 
@@ -118,6 +127,16 @@ class Profile:
             settings.margin_share,
         )
         segments = PostgresSegments(database)
+        drained = threading.Event()
+        imports = PostgresItemImports(database)
+        files = ItemDirectory(settings.import_path, clock_us)
+        importer = ExclusiveWorker(
+            "item-imports",
+            database,
+            IMPORTS_LOCK,
+            RunItemImports(imports, files, catalogue, clock_us, drained).run_next,
+            idle_seconds=2.0,
+        )
 
         def risk_of(user_key: UserKey) -> ChurnRisk | None:
             known = churn.risk_of(user_key)
@@ -142,13 +161,20 @@ class Profile:
                 SegmentConverter(signer),
                 settings.catch_up_seconds,
             ),
-            CatalogServicer(catalogue, signer, clock_us),
+            CatalogServicer(
+                catalogue,
+                ManageItemImports(imports, files, clock_us, importer.wake),
+                signer,
+                clock_us,
+                drained,
+            ),
             (
                 log_storage.Listener(database, log_storage.CHANNEL, follower.nudge),
                 log_storage.Listener(database, catalogue_storage.CHANNEL, catalogue.nudge),
             ),
+            (importer,),
             [],
-            threading.Event(),
+            drained,
         )
 
     def register(self, server: grpc.Server) -> None:
@@ -177,6 +203,8 @@ class Profile:
             thread = threading.Thread(target=partial(_run_for_ever, name, run), name=name, daemon=True)
             self.threads.append(thread)
             thread.start()
+        for worker in self.workers:
+            worker.start()
 
     def readiness(self) -> tuple[bool, str]:
         """Returns whether calls can be answered, and if not, why.
@@ -208,6 +236,8 @@ class Profile:
 
     def close(self) -> None:
         """Frees connections, after `drain`."""
+        for worker in self.workers:
+            worker.stop()
         for thread in self.threads:
             thread.join(5.0)
         self.store.close()

@@ -8,6 +8,12 @@ from typing import Protocol
 
 from services.profile.domain.churn_model import ChurnModel
 from services.profile.domain.events import EventBatch, EventWindow
+from services.profile.domain.item_imports import (
+    ItemImport,
+    ItemImportProgress,
+    ItemImportState,
+    ItemPart,
+)
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
 from services.profile.domain.purchase_log import PurchaseLog
 from services.profile.domain.segments import Segment, SegmentChange
@@ -279,4 +285,48 @@ class Metrics(Protocol):
 
     def watchers(self, stream: str, count: int) -> None:
         """So many clients watch a stream."""
+        ...
+
+
+class ItemFiles(Protocol):
+    """Files of items below the service's import directory."""
+
+    def check(self, source: bytes) -> None:
+        """Raises InvalidInput where the file is not there, cannot be read, or its columns do not fit."""
+        ...
+
+    def parts(self, source: bytes, write_time_us: int) -> Iterator[ItemPart]:
+        """Yields the rows from the first, in the same parts each time; raises as `check` does."""
+        ...
+
+
+class ItemImportStore(Protocol):
+    """Imports as stored. All raise Unavailable when the database does not answer."""
+
+    def create(self, source: bytes, request_id: str, write_time_us: int, now_us: int) -> ItemImport:
+        """Stores a new import, or returns the one of the same request id."""
+        ...
+
+    def get(self, import_id: str) -> ItemImport:
+        """Returns an import; raises NotFound."""
+        ...
+
+    def page(self, after: tuple[int, str] | None, limit: int) -> list[ItemImport]:
+        """Returns imports, the newest first, behind a time of creation and an id."""
+        ...
+
+    def oldest_unfinished(self) -> ItemImport | None:
+        """Returns the import whose turn it is."""
+        ...
+
+    def checkpoint(self, import_id: str, progress: ItemImportProgress) -> bool:
+        """Stores how far a running import has come; returns whether it is to go on."""
+        ...
+
+    def finish(self, import_id: str, state: ItemImportState, reason: str, message: str, now_us: int) -> None:
+        """Ends an import; does nothing to one that has ended."""
+        ...
+
+    def request_cancel(self, import_id: str, now_us: int) -> ItemImport:
+        """Asks an import to stop; raises NotFound."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from shared.settings import Address, ServiceSettings
@@ -23,9 +25,17 @@ class ProfileSettings(ServiceSettings):
     churn_score_seconds: float = Field(
         300.0, gt=0, description="How often the risk of every shopper is computed anew."
     )
+    import_directory: Path | None = Field(
+        None, description="Directory whose files `ImportItems` may read. Defaults to <home>/imports."
+    )
     margin_share: float = Field(
         1.0,
         gt=0,
         le=1,
         description="The share of an order's worth that is margin, for lifetime values. At 1 they are revenue.",
     )
+
+    @property
+    def import_path(self) -> Path:
+        """The directory of files to import."""
+        return self.import_directory or self.home / "imports"

@@ -39,6 +39,7 @@ BUILT = {
     *("DeleteItems", "GetItem", "ListItems", "WatchItems"),
     *("CreateSegment", "GetSegment", "ListSegments", "UpdateSegment", "DeleteSegment", "ListUsersInSegment"),
     *("ListAtRiskUsers", "WatchChurnAlerts", "GetChurnModel"),
+    *("ImportItems", "GetItemImport", "ListItemImports", "WatchItemImport", "CancelItemImport"),
 }
 UNEXPECTED = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 

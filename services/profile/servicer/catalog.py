@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -16,9 +17,11 @@ from shopkeeper.profile.v1 import (
     item_portrait_pb2,
 )
 
+from services.profile.converters import item_imports as imports
 from services.profile.converters import items as converters
 from services.profile.converters.profiles import resume_watermark
 from services.profile.use_cases.catalogue import Catalogue
+from services.profile.use_cases.item_imports import ManageItemImports
 from shared.errors import Unimplemented
 from shared.identity import normalise_item_id
 from shared.tokens import TokenSigner
@@ -29,10 +32,20 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
 
     Args:
         clock_us: microseconds since 1970; the time of writes that bring none.
+        stopped: set when streams must end.
     """
 
-    def __init__(self, catalogue: Catalogue, signer: TokenSigner, clock_us: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        manage_imports: ManageItemImports,
+        signer: TokenSigner,
+        clock_us: Callable[[], int],
+        stopped: threading.Event,
+    ) -> None:
         self._catalogue = catalogue
+        self._imports = manage_imports
+        self._stopped = stopped
         self._signer = signer
         self._clock_us = clock_us
 
@@ -99,37 +112,37 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
     def ImportItems(
         self, request: pb.ImportItemsRequest, context: grpc.ServicerContext
     ) -> item_import_pb2.ItemImport:
-        """Not built yet."""
-        _no_imports()
+        """See the contract."""
+        return imports.import_message(
+            self._imports.begin(*imports.from_import_items(request, self._clock_us()))
+        )
 
     def GetItemImport(
         self, request: pb.GetItemImportRequest, context: grpc.ServicerContext
     ) -> item_import_pb2.ItemImport:
-        """Not built yet."""
-        _no_imports()
+        """See the contract."""
+        return imports.import_message(self._imports.get(request.import_id))
 
     def ListItemImports(
         self, request: pb.ListItemImportsRequest, context: grpc.ServicerContext
     ) -> pb.ListItemImportsResponse:
-        """Not built yet."""
-        _no_imports()
+        """See the contract."""
+        after, size = imports.page_arguments(request, self._signer)
+        return imports.page_message(self._imports.page(after, size + 1), size, self._signer)
 
     def WatchItemImport(
         self, request: pb.WatchItemImportRequest, context: grpc.ServicerContext
     ) -> Iterator[item_import_pb2.ItemImport]:
-        """Not built yet."""
-        _no_imports()
+        """See the contract."""
+        for one in self._imports.watch(request.import_id, self._stopped, context.is_active):
+            yield imports.import_message(one)
 
     def CancelItemImport(
         self, request: pb.CancelItemImportRequest, context: grpc.ServicerContext
     ) -> item_import_pb2.ItemImport:
-        """Not built yet."""
-        _no_imports()
+        """See the contract."""
+        return imports.import_message(self._imports.cancel(request.import_id))
 
 
 def _not_built(instead: str) -> NoReturn:
     raise Unimplemented("NOT_BUILT_YET", f"This part of the contract is not built yet. {instead}")
-
-
-def _no_imports() -> NoReturn:
-    _not_built("Import a file with `shopkeeper import items`, which calls UpsertItems.")

@@ -766,10 +766,15 @@ class ItemColumnMapping(_message.Message):
     column: _builtins.str
     """The column, as in the heading."""
     field: _builtins.str
-    """The field of `Item`, such as `title`, or `attributes.` and a key."""
+    """The field of `Item`, such as `title`, or `attributes.` and a key. `price`,
+    `list_price` and `margin` take amounts in units (19.99) for the fields of
+    millionths; `attributes` takes a JSON object. Times are of ISO 8601, in UTC
+    where they name no zone.
+    """
     separator: _builtins.str
-    """What divides several values in one cell (category path, tags). Empty: the
-    cell is one value.
+    """What divides several values in one cell (category path, tags; of an
+    attribute each becomes a flag, `key.value`). Empty: the cell is one value, or
+    a list of JSON.
     """
     def __init__(
         self,

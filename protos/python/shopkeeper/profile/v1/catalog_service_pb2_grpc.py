@@ -199,7 +199,11 @@ class CatalogServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportItems(self, request, context):
-        """Starts an import of items from a file and returns at once.
+        """Starts an import of items from a file and returns at once. Imports run one
+        after another; one that is cut short by a crash begins again, and changes
+        nothing that it had stored.
+
+        Fails with `IMPORT_REFUSED`, `DATABASE_UNAVAILABLE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

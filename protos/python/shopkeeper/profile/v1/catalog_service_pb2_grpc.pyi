@@ -90,7 +90,12 @@ class CatalogServiceStub:
     Fails with `ITEM_NOT_FOUND`.
     """
     ImportItems: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.ImportItemsRequest, _item_import_pb2.ItemImport]
-    """Starts an import of items from a file and returns at once."""
+    """Starts an import of items from a file and returns at once. Imports run one
+    after another; one that is cut short by a crash begins again, and changes
+    nothing that it had stored.
+
+    Fails with `IMPORT_REFUSED`, `DATABASE_UNAVAILABLE`.
+    """
     GetItemImport: _grpc.UnaryUnaryMultiCallable[_catalog_service_pb2.GetItemImportRequest, _item_import_pb2.ItemImport]
     """Returns an import.
 
@@ -172,7 +177,12 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     Fails with `ITEM_NOT_FOUND`.
     """
     ImportItems: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.ImportItemsRequest, _item_import_pb2.ItemImport]  # type: ignore[assignment]
-    """Starts an import of items from a file and returns at once."""
+    """Starts an import of items from a file and returns at once. Imports run one
+    after another; one that is cut short by a crash begins again, and changes
+    nothing that it had stored.
+
+    Fails with `IMPORT_REFUSED`, `DATABASE_UNAVAILABLE`.
+    """
     GetItemImport: _aio.UnaryUnaryMultiCallable[_catalog_service_pb2.GetItemImportRequest, _item_import_pb2.ItemImport]  # type: ignore[assignment]
     """Returns an import.
 
@@ -305,7 +315,12 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _catalog_service_pb2.ImportItemsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_item_import_pb2.ItemImport, _abc.Awaitable[_item_import_pb2.ItemImport]]:
-        """Starts an import of items from a file and returns at once."""
+        """Starts an import of items from a file and returns at once. Imports run one
+        after another; one that is cut short by a crash begins again, and changes
+        nothing that it had stored.
+
+        Fails with `IMPORT_REFUSED`, `DATABASE_UNAVAILABLE`.
+        """
 
     @_abc_1.abstractmethod
     def GetItemImport(

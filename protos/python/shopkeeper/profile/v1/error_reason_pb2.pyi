@@ -107,6 +107,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """More than 100 visitors have become this shopper. `FAILED_PRECONDITION`.
     Remedy: find out which id it is that many people share.
     """
+    ERROR_REASON_IMPORT_REFUSED: _ErrorReason.ValueType  # 24
+    """The file of an import is not below the import directory, cannot be read, or
+    lacks a column. `INVALID_ARGUMENT` with `google.rpc.BadRequest`; also the
+    `failure_reason` of an import whose file broke off. Remedy: see the message.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -215,6 +220,11 @@ ERROR_REASON_USER_FORGOTTEN: ErrorReason.ValueType  # 22
 ERROR_REASON_TOO_MANY_MERGES: ErrorReason.ValueType  # 23
 """More than 100 visitors have become this shopper. `FAILED_PRECONDITION`.
 Remedy: find out which id it is that many people share.
+"""
+ERROR_REASON_IMPORT_REFUSED: ErrorReason.ValueType  # 24
+"""The file of an import is not below the import directory, cannot be read, or
+lacks a column. `INVALID_ARGUMENT` with `google.rpc.BadRequest`; also the
+`failure_reason` of an import whose file broke off. Remedy: see the message.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.
