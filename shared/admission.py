@@ -133,6 +133,11 @@ class Admission:
         with self._lock:
             self._running -= 1
 
+    def resume(self) -> None:
+        """A call that had stepped aside with `end` is being served again; it was not in the queue."""
+        with self._lock:
+            self._running += 1
+
     def withdraw(self) -> None:
         """A call leaves the queue unserved."""
         with self._lock:

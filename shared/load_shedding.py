@@ -85,10 +85,18 @@ class LoadShedding:
     Args:
         admission: watches the pool.
         priorities: by the method's name without its service; others are NORMAL.
+        computing: watches the pool of the methods that compute, named beside it; None: there is no such pool.
+            LOW priority is refused where either pool has no room: it would take from the other's processor.
     """
 
-    def __init__(self, admission: Admission, priorities: Mapping[str, Priority]) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        priorities: Mapping[str, Priority],
+        computing: tuple[Admission, frozenset[str]] | None = None,
+    ) -> None:
         self._admission = admission
+        self._computing, self._computing_methods = computing or (admission, frozenset())
         self._priorities = dict(priorities)
         self._here = _Here(max_workers=1)
         self._refusing: dict[int, Any] = {}
@@ -100,7 +108,12 @@ class LoadShedding:
         priority = self._priorities.get(method, Priority.NORMAL)
         if priority is not Priority.LOW and metadata and LOW_PRIORITY in metadata:
             priority = Priority.LOW
-        refusal = self._admission.refusal(priority)
+        first, second = self._admission, self._computing
+        if method in self._computing_methods:
+            first, second = second, first
+        refusal = first.refusal(priority)
+        if refusal is None and priority is Priority.LOW:
+            refusal = second.refusal(priority)
         if refusal is None:
             return None
         _REFUSED.labels(service, refusal.cause, priority.name.lower()).inc()

@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent import futures
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
@@ -29,6 +30,7 @@ from shared import errors, grpc_status
 from shared.admission import Admission, Priority
 from shared.authentication import Authenticator, TokenVerifier
 from shared.authorization import Gatekeeper
+from shared.compute_pool import ComputePool
 from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
 from shared.telemetry import Telemetry, current_trace_id
@@ -61,6 +63,9 @@ class GrpcServer:
         service_names: full names of those services, for health and reflection.
         workers: threads; default from the settings.
         priorities: of methods, by their name; the others are NORMAL. Under overload LOW is refused first.
+        computing_methods: unary methods that compute, by their name: they have threads of their own.
+        computing_threads: how many of them compute at once; see `shared.compute_pool`.
+        shared_port: several processes listen on the one port, and the kernel divides the connections.
 
     Raises:
         FailedPrecondition: neither TLS nor plain text on loopback is configured, or a file of it cannot be used.
@@ -76,6 +81,9 @@ class GrpcServer:
         service_names: Sequence[str],
         workers: int | None = None,
         priorities: Mapping[str, Priority] | None = None,
+        computing_methods: Collection[str] = (),
+        computing_threads: int = 2,
+        shared_port: bool = False,
     ) -> None:
         self._service_name = service_name
         self._settings = settings
@@ -89,21 +97,31 @@ class GrpcServer:
         self._tls = TlsDirectory(settings.tls) if settings.tls is not None else None
         if self._tls is None:
             refuse_plain_text(settings.listen, settings.insecure)
+        self._computing: ComputePool | None = None
+        computing = None
+        if computing_methods:
+            computing = (
+                Admission(computing_threads, settings.max_queue_seconds),
+                frozenset(computing_methods),
+            )
+            self._computing = ComputePool(computing_threads, computing[0], threads)
         self._server = grpc.server(
             AdmittedPool(threads, admission),
             interceptors=[
                 _CallInterceptor(
                     telemetry,
                     self._draining,
-                    LoadShedding(admission, priorities or {}),
+                    LoadShedding(admission, priorities or {}, computing),
                     gatekeeper_of(settings),
+                    self._computing,
+                    frozenset(computing_methods),
                     max_stream_age_seconds=settings.max_stream_age_seconds,
                     # A quarter of the threads stays free for short calls and health checks.
                     max_streams=max(1, threads * 3 // 4),
                 )
             ],
             options=[
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(shared_port)),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -168,6 +186,10 @@ class GrpcServer:
             self._health.set(name, status)
         self._telemetry.logger.debug("readiness", ready=ready, reason=reason)
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """While a handler of a computing method is in here, it waits, and another call may compute."""
+        return nullcontext() if self._computing is None else self._computing.waiting()
+
     def on_drain(self, callback: Callable[[], None]) -> None:
         """Registers what must happen before calls under way are waited for, such as waking streams."""
         self._drain_callbacks.append(callback)
@@ -197,6 +219,8 @@ class GrpcServer:
         self._server.stop(grace_seconds).wait()
         if self._probes is not None:
             self._probes.stop(None)
+        if self._computing is not None:
+            self._computing.shutdown()
         self._telemetry.close()
         self._stopped.set()
 
@@ -279,6 +303,8 @@ class _CallInterceptor(grpc.ServerInterceptor):
         draining: threading.Event,
         shedding: LoadShedding,
         gatekeeper: Gatekeeper | None,
+        computing: ComputePool | None,
+        computing_methods: frozenset[str],
         *,
         max_stream_age_seconds: float,
         max_streams: int,
@@ -286,6 +312,8 @@ class _CallInterceptor(grpc.ServerInterceptor):
         self._telemetry = telemetry
         self._draining = draining
         self._shedding = shedding
+        self._computing = computing
+        self._computing_methods = computing_methods
         self._told_at = -math.inf
         self._gatekeeper = gatekeeper
         self._max_stream_age_seconds = max_stream_age_seconds
@@ -340,6 +368,9 @@ class _CallInterceptor(grpc.ServerInterceptor):
             wrapped = self._limited(call, behavior)
         else:
             wrapped = self._unary(call, behavior)
+            if self._computing is not None and name in self._computing_methods:
+                # The attribute by which grpc takes another pool for one method.
+                wrapped.experimental_thread_pool = self._computing
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _unknown(self) -> grpc.RpcMethodHandler:

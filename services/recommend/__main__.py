@@ -26,7 +26,7 @@ from services.recommend.converters.requests import RequestConverter
 from services.recommend.domain.catalog import CatalogStore
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.live_counts import LiveCounts
-from services.recommend.servicer import SERVICE_NAME, RecommendServicer, register
+from services.recommend.servicer import COMPUTING_METHODS, SERVICE_NAME, RecommendServicer, register
 from services.recommend.settings import RecommendSettings
 from services.recommend.storage import BundleModel, DocumentDirectory, ModelWatcher
 from services.recommend.use_cases.configs import ServingConfigs
@@ -36,6 +36,7 @@ from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.rehearsal import Rehearser, RequestRecorder
 from services.recommend.use_cases.status import StatusReader
 from services.recommend.use_cases.world import WorldHolder
+from shared.admission import Priority
 from shared.channel import open_channel, tls_of
 from shared.keys import read_verifying_key
 from shared.privacy import Pseudonymizer
@@ -113,7 +114,7 @@ class RecommendService:
         )
         recommender = Recommender(
             worlds=WorldHolder(self.models, self.catalog_store, index),
-            histories=HistoryReader(self.profiles, clock),
+            histories=HistoryReader(self.profiles, clock, aside=lambda: self.server.waiting()),
             counts=counts,
             filters=filters,
             catalog_stream=self.catalog,
@@ -135,7 +136,15 @@ class RecommendService:
             rehearser=Rehearser(recommender, recorder, clock),
         )
         self.server = GrpcServer(
-            "recommend", settings, telemetry, register=[self._register], service_names=[SERVICE_NAME]
+            "recommend",
+            settings,
+            telemetry,
+            register=[self._register],
+            service_names=[SERVICE_NAME],
+            priorities={"BatchRecommend": Priority.LOW, "RehearseRule": Priority.LOW},
+            computing_methods=COMPUTING_METHODS,
+            computing_threads=settings.computing_threads,
+            shared_port=settings.shared_port,
         )
         self._stopped = threading.Event()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -237,8 +237,8 @@ class Clock(Protocol):
 class Observer(Protocol):
     """Who is told how answers went, for metrics."""
 
-    def stage(self, name: str, seconds: float) -> None:
-        """A stage took so long."""
+    def stages(self, seconds: Sequence[tuple[str, float]]) -> None:
+        """The stages of one answer took so long, by name."""
 
     def degraded(self, cause: str) -> None:
         """An answer went without something."""

@@ -36,6 +36,17 @@ from shared.tokens import TokenSigner
 
 SERVICE_NAME = "shopkeeper.recommend.v1.RecommendService"
 
+COMPUTING_METHODS = (
+    "Recommend",
+    "SimilarItems",
+    "FrequentlyBoughtTogether",
+    "BuyItAgain",
+    "Trending",
+    "RecommendForCart",
+    "Explain",
+)
+"""Calls that compute, and have few threads of their own."""
+
 _WIRE_SECONDS = 0.005
 """Kept back of the caller's time for the way home."""
 

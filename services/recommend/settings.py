@@ -42,6 +42,16 @@ class RecommendSettings(ServiceSettings):
         5.0, ge=0, description="At start: the longest wait for the catalogue before calls are accepted."
     )
 
+    computing_threads: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Answers computed at once. More only wait for the interpreter, and for each other.",
+    )
+    shared_port: bool = Field(
+        False, description="Let several processes listen on the one port; the kernel divides the connections."
+    )
+
     @property
     def configuration_path(self) -> Path:
         """The directory of serving configs and rules."""

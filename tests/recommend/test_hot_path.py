@@ -60,7 +60,7 @@ def test_stage_times_are_a_histogram_of_prometheus() -> None:
     seconds, registry = StageSeconds(), CollectorRegistry()
     registry.register(seconds)
     for took in (0.0001, 0.00011, 0.3, 2.0):
-        seconds.observe("score", took)
+        seconds.observe([("score", took)])
     lines = generate_latest(registry).decode().splitlines()
     name = "shopkeeper_recommend_seconds"
     assert f'{name}_bucket{{le="0.0001",stage="score"}} 1.0' in lines

@@ -7,7 +7,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,10 @@ class RequestConverter:
             with check.catching():
                 page = self._page(request.page_token, fingerprint, check.path("page_token"))
         check.finish()
-        return replace(query, fingerprint=fingerprint, page=page)
+        # Not `replace`, which makes all of it anew: nobody else has seen this one yet.
+        object.__setattr__(query, "fingerprint", fingerprint)
+        object.__setattr__(query, "page", page)
+        return query
 
     def explain_query(self, request: pb.ExplainRequest) -> tuple[Query, str]:
         """Returns the query and the item of an Explain request; raises as `query`."""
@@ -269,6 +272,8 @@ class RequestConverter:
 
     @staticmethod
     def _context_events(request: pb.RecommendRequest, check: Checker) -> tuple[ContextEvent, ...]:
+        if not request.context_events:
+            return ()
         if len(request.context_events) > MAX_CONTEXT_EVENTS:
             check.wrong(
                 "context_events",
@@ -361,6 +366,8 @@ class Checker:
         self, field: str, values: Iterable[str], limit: int, *, required: bool = False
     ) -> tuple[str, ...]:
         listed = list(values)
+        if not listed and not required:
+            return ()
         if required and not listed:
             self.wrong(field, "is empty; send at least one item")
         if len(listed) > limit:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 
+import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
@@ -45,10 +45,10 @@ def wire_response_of(answer: Answer, signer: TokenSigner, next_page_token: str) 
             answer.catalog_version,
         ),
     ]
-    scores = answer.scores_K.tolist()
-    propensities = answer.attribution.propensities_K.tolist()
-    id_of, records, position = answer.index.id_of, answer.records, answer.first_position
+    id_of, records = answer.index.id_of, answer.records
     further = answer.reasons or answer.purchase_counts_K is not None or answer.expected_K is not None
+    ends = _ends_of(answer)
+    size = len(ends) // max(1, len(answer.rows_K))
     for k, row in enumerate(answer.rows_K.tolist()):
         record = records[k] if records else None
         if isinstance(record, bytes):
@@ -56,15 +56,45 @@ def wire_response_of(answer: Answer, signer: TokenSigner, next_page_token: str) 
         else:
             item_id = id_of(row).encode()
             front = b"\x0a" + _varint(len(item_id)) + item_id
-        # Fields 2, 6 and 5: a double, a float, a number below 2**21.
-        body = front + _SCORE.pack(0x11, scores[k], 0x35, propensities[k], 0x28) + _varint(position + k)
+        end = ends[k * size : (k + 1) * size]
         if further:
-            body += _further(answer, k).SerializeToString()
-        parts += (b"\x0a", _varint(len(body)), body)
+            end += _further(answer, k).SerializeToString()
+        parts += (_item_head(len(front) + len(end)), front, end)
     return b"".join(parts)
 
 
-_SCORE = struct.Struct("<BdBfB")
+_END = {
+    width: np.dtype(
+        [
+            ("tag_2", "u1"),
+            ("score", "<f8"),
+            ("tag_6", "u1"),
+            ("propensity", "<f4"),
+            ("tag_5", "u1"),
+            ("position", width),
+        ]
+    )
+    for width in ("u1", "<u2")
+}
+
+
+def _ends_of(answer: Answer) -> bytes:
+    """Returns fields 2, 6 and 5 of every item, one after the other: a double, a float, a number below 2**14."""
+    count, first = len(answer.rows_K), answer.first_position
+    wide = first + count > 0x80
+    ends_K = np.empty(count, _END["<u2" if wide else "u1"])
+    ends_K["tag_2"], ends_K["tag_6"], ends_K["tag_5"] = 0x11, 0x35, 0x28
+    ends_K["score"], ends_K["propensity"] = answer.scores_K, answer.attribution.propensities_K
+    position_K = np.arange(first, first + count)
+    # A varint of two bytes: seven bits, the mark that more follows, seven bits.
+    ends_K["position"] = (position_K & 0x7F) | 0x80 | (position_K >> 7 << 8) if wide else position_K
+    return ends_K.tobytes()
+
+
+@functools.lru_cache(maxsize=16_384)
+def _item_head(length: int) -> bytes:
+    """Returns the tag and the length before an item."""
+    return b"\x0a" + _varint(length)
 
 
 def _further(answer: Answer, k: int) -> recommendation_pb2.RecommendedItem:

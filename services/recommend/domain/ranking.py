@@ -65,17 +65,16 @@ def maximal_marginal_relevance(
         return np.arange(count)
     low, high = float(relevance_C.min()), float(relevance_C.max())
     scaled_C = (relevance_C - low) / (high - low) if high > low else np.ones_like(relevance_C)
-    cosine_CC = (unit_vectors_CD @ unit_vectors_CD.T) * np.float32(strength)
     gain_C = np.float32(1 - strength) * scaled_C
-    penalty_C = np.full(candidate_count, -np.inf, dtype=np.float32)
+    # Row t: what is left of each candidate's gain beside t alone; nothing of its own, as it is taken.
+    left_CC = gain_C - (unit_vectors_CD @ unit_vectors_CD.T) * np.float32(strength)
+    left_CC.ravel()[:: candidate_count + 1] = -np.inf
     order = [int(gain_C.argmax())]
-    net_C = np.empty_like(gain_C)
+    net_C = left_CC[order[0]].copy()
     while len(order) < count:
-        best = order[-1]
-        np.maximum(penalty_C, cosine_CC[best], out=penalty_C)
-        gain_C[best] = -np.inf
-        np.subtract(gain_C, penalty_C, out=net_C)
-        order.append(int(net_C.argmax()))
+        best = int(net_C.argmax())
+        order.append(best)
+        np.minimum(net_C, left_CC[best], out=net_C)
     return np.array(order, dtype=np.int64)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from services.recommend.domain.history import NO_HISTORY, History
@@ -26,6 +27,7 @@ class Reading:
     history: History
     watermark: bytes
     degraded: Sequence[Degradation]
+    state: StreamState | None = None
 
 
 class HistoryReader:
@@ -34,12 +36,21 @@ class HistoryReader:
     Args:
         wait_share: share of the remaining time that waiting for events may use; the rest is kept for
             the answer itself.
+        aside: entered while waiting, so that others may compute.
     """
 
-    def __init__(self, profiles: LiveProfiles, clock: Clock, *, wait_share: float = 0.8) -> None:
+    def __init__(
+        self,
+        profiles: LiveProfiles,
+        clock: Clock,
+        *,
+        wait_share: float = 0.8,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._profiles = profiles
         self._clock = clock
         self._wait_share = wait_share
+        self._aside = aside
 
     def read(
         self, user_key: UserKey, token: ConsistencyToken | None, token_text: str, deadline: float
@@ -60,11 +71,13 @@ class HistoryReader:
         streaming = self._is_live(state)
         reached = token is None or self._profiles.covers(token)
         if not reached and token is not None and streaming:
-            reached = self._profiles.wait_until_covers(token, budget / 2)
+            with self._aside():
+                reached = self._profiles.wait_until_covers(token, budget / 2)
+            state = self._profiles.state()
         cached = self._profiles.cached(user_key)
         if cached is not None and reached:
             stale = [] if streaming else [Degradation(Cause.PROFILE_STALE, self._why(state))]
-            return self._reading(cached, stale)
+            return self._reading(cached, stale, state)
 
         budget = (deadline - self._clock.monotonic()) * self._wait_share
         if budget < 0.002:
@@ -73,7 +86,8 @@ class HistoryReader:
             )
         timeout = budget if not reached else min(budget, _FETCH_SECONDS)
         try:
-            fetched = self._profiles.fetch(user_key, "" if token is None else token_text, timeout)
+            with self._aside():
+                fetched = self._profiles.fetch(user_key, "" if token is None else token_text, timeout)
         except InvalidInput:
             raise
         except ShopkeeperError as error:
@@ -83,7 +97,7 @@ class HistoryReader:
 
     def freshness(self, reading: Reading) -> Freshness:
         """Returns the freshness of a reading, without what depends on the answer."""
-        state = self._profiles.state()
+        state = reading.state or self._profiles.state()
         return Freshness(watermark=reading.watermark or state.watermark, watermark_time=state.watermark_time)
 
     def _is_live(self, state: StreamState) -> bool:
@@ -106,7 +120,9 @@ class HistoryReader:
         return Reading(NO_HISTORY, b"", degraded) if cached is None else self._reading(cached, degraded)
 
     @staticmethod
-    def _reading(found: LiveHistory, degraded: list[Degradation]) -> Reading:
+    def _reading(
+        found: LiveHistory, degraded: list[Degradation], state: StreamState | None = None
+    ) -> Reading:
         if not found.personalisation:
             degraded = [
                 *degraded,
@@ -114,5 +130,5 @@ class HistoryReader:
                     Cause.NO_PERSONALISATION_CONSENT, "the shopper does not consent to personalisation"
                 ),
             ]
-            return Reading(NO_HISTORY, found.watermark, degraded)
-        return Reading(found.history, found.watermark, degraded)
+            return Reading(NO_HISTORY, found.watermark, degraded, state)
+        return Reading(found.history, found.watermark, degraded, state)

@@ -8,7 +8,7 @@ the items of the page alone. The first thing that a request does is to take one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -102,6 +102,7 @@ class Ranking:
     history: History = NO_HISTORY
     degraded: list[Degradation] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
+    timings: list[tuple[str, float]] = field(default_factory=list)
     freshness: Freshness = field(default_factory=Freshness)
     scores: Scores = field(init=False)
     eligibility: Eligibility = field(init=False)
@@ -270,6 +271,7 @@ class Recommender:
             self._observer.degraded(degradation.cause.name)
         expected_K, counts_K = self._purchases(ranking)
         self._stage(ranking, "token", mark, len(rows_K), len(rows_K))
+        self._observer.stages(ranking.timings)
         verdict_counts: list[tuple[Verdict, int]] = []
         if query.traced:
             verdict_counts = ranking.eligibility.counts(scores.score_R > -np.inf)
@@ -300,7 +302,7 @@ class Recommender:
         self, ranking: Ranking, name: str, since: float, before: int, after: int, detail: str = ""
     ) -> float:
         now = self._clock.monotonic()
-        self._observer.stage(name, now - since)
+        ranking.timings.append((name, now - since))
         if ranking.query.traced:
             ranking.stages.append(Stage(name, now - since, before, after, detail))
         return now
@@ -322,13 +324,8 @@ class Recommender:
             events.append(ContextEvent(query.context_item_id, EventKind.ITEM_VIEW))
         if query.kind is ListKind.CART:
             events += [ContextEvent(item, EventKind.ADD_TO_CART) for item in query.item_ids[-_CART_EVENTS:]]
-        ranking.history = ranking.history.followed_by(_as_history(events, index, now))
-        history = ranking.history
-        ranking.freshness = replace(
-            ranking.freshness,
-            newest_event_time=float(history.times_N[-1]) if len(history) else None,
-            events_used=len(history),
-        )
+        if events:
+            ranking.history = ranking.history.followed_by(_as_history(events, index, now))
 
     def _score(self, ranking: Ranking) -> Scores:
         world, query, history, now = ranking.world, ranking.query, ranking.history, ranking.now
@@ -629,7 +626,14 @@ class Recommender:
             ranking.degraded.append(
                 Degradation(Cause.CATALOG_STALE, f"the catalogue's stream: {state.last_error}")
             )
-        ranking.freshness = replace(ranking.freshness, catalog_time=heard if state.complete else None)
+        history = ranking.history
+        ranking.freshness = Freshness(
+            watermark=ranking.freshness.watermark,
+            watermark_time=ranking.freshness.watermark_time,
+            newest_event_time=float(history.times_N[-1]) if len(history) else None,
+            events_used=len(history),
+            catalog_time=heard if state.complete else None,
+        )
         model_version = world.model.version if world.model is not None else ""
         if query.page.offset and query.page.model_version != model_version:
             ranking.degraded.append(

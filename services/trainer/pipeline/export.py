@@ -35,7 +35,7 @@ def serving_function(encoder: Encoder) -> tf.types.experimental.ConcreteFunction
     def encode(item_vectors: tf.Tensor, event_kinds: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         causal_LL = tf.constant(np.tril(np.ones((length, length), np.float32)))
         allowed_1LL = causal_LL[None] * mask[:, None, :]
-        return encoder(item_vectors, event_kinds, allowed_1LL)[:, -1]
+        return encoder(item_vectors, event_kinds, allowed_1LL, newest_only=True)[:, -1]
 
     return encode.get_concrete_function()
 

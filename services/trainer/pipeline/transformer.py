@@ -88,14 +88,23 @@ class Block(keras.layers.Layer):
         allowed_BTT: tf.Tensor,
         distance_TT: tf.Tensor,
         seed_2: tf.Tensor | None = None,
+        *,
+        newest_only: bool = False,
     ) -> tf.Tensor:
-        """Returns x' of the formula; `seed_2` drops, None does not."""
+        """Returns x' of the formula; `seed_2` drops, None does not.
+
+        Args:
+            newest_only: of the last token alone, (B, 1, D): what serving reads of the last block.
+        """
         rate, base = self.size.dropout, 10 * self.number
+        all_BTD = x_BTD
+        if newest_only:
+            x_BTD, allowed_BTT, distance_TT = x_BTD[:, -1:], allowed_BTT[:, -1:], distance_TT[-1:]
         forbidden_B1TT = (1.0 - allowed_BTT[:, None]) * _FORBIDDEN
-        low_BTD = self._moving_average(x_BTD, forbidden_B1TT, distance_TT)
+        low_BTD = self._moving_average(all_BTD, forbidden_B1TT, distance_TT)
         filtered_BTD = low_BTD + self.gamma * (x_BTD - low_BTD)
         f_BTD = self.norms[0](x_BTD + _dropout(filtered_BTD, rate, _fold(seed_2, base)))
-        attended_BTD = self._attention(x_BTD, forbidden_B1TT, distance_TT, _fold(seed_2, base + 1))
+        attended_BTD = self._attention(x_BTD, all_BTD, forbidden_B1TT, distance_TT, _fold(seed_2, base + 1))
         a_BTD = self.norms[1](x_BTD + _dropout(attended_BTD, rate, _fold(seed_2, base + 2)))
         share = self.size.filter_share
         h_BTD = share * f_BTD + (1 - share) * a_BTD
@@ -114,9 +123,22 @@ class Block(keras.layers.Layer):
         return _merge(tf.matmul(tf.nn.softmax(logits_BGTT), _split(x_BTD, _FILTER_GROUPS)))
 
     def _attention(
-        self, x_BTD: tf.Tensor, forbidden_B1TT: tf.Tensor, distance_TT: tf.Tensor, seed_2: tf.Tensor | None
+        self,
+        x_BTD: tf.Tensor,
+        all_BTD: tf.Tensor,
+        forbidden_B1TT: tf.Tensor,
+        distance_TT: tf.Tensor,
+        seed_2: tf.Tensor | None,
     ) -> tf.Tensor:
-        q, k, v = (_split(part, self.size.heads) for part in tf.split(_matmul(x_BTD, self.qkv), 3, axis=-1))
+        if x_BTD is all_BTD:
+            parts = tf.split(_matmul(x_BTD, self.qkv), 3, axis=-1)
+        else:
+            width, qkv = self.size.dimension, tf.convert_to_tensor(self.qkv)
+            parts = [
+                _matmul(x_BTD, qkv[:, :width]),
+                *tf.split(_matmul(all_BTD, qkv[:, width:]), 2, axis=-1),
+            ]
+        q, k, v = (_split(part, self.size.heads) for part in parts)
         bias_HTT = tf.gather(tf.convert_to_tensor(self.position_bias), tf.cast(distance_TT, tf.int32), axis=1)
         scale = (self.size.dimension // self.size.heads) ** -0.5
         logits_BHTT = tf.matmul(q, k, transpose_b=True) * scale + bias_HTT[None] + forbidden_B1TT
@@ -124,7 +146,7 @@ class Block(keras.layers.Layer):
         return _matmul(_merge(tf.matmul(weights_BHTT, v)), self.out)
 
 
-def _matmul(x_BTD: tf.Tensor, weight_DE: tf.Variable) -> tf.Tensor:
+def _matmul(x_BTD: tf.Tensor, weight_DE: tf.Variable | tf.Tensor) -> tf.Tensor:
     """Multiplies with one flat product: faster than a batch of small ones."""
     shape = tf.shape(x_BTD)
     width = x_BTD.shape[-1]
@@ -175,14 +197,17 @@ class Encoder(keras.layers.Layer):
         kinds_BT: tf.Tensor,
         allowed_BTT: tf.Tensor,
         seed_2: tf.Tensor | None = None,
+        *,
+        newest_only: bool = False,
     ) -> tf.Tensor:
-        """Returns the query vectors, (B, T, D).
+        """Returns the query vectors, (B, T, D); (B, 1, D) with `newest_only`.
 
         Args:
             vectors_BTD: item vectors of the events, oldest first.
             kinds_BT: int32, 0 in padding.
             allowed_BTT: 1.0 where the event of the row may see that of the column, else 0.0.
             seed_2: of the dropout, two int32; None for none.
+            newest_only: of the last event alone, for a fraction of the work.
         """
         length = self.size.max_history
         position = tf.range(length, dtype=tf.float32)
@@ -190,7 +215,8 @@ class Encoder(keras.layers.Layer):
         x_BTD = self.norm(vectors_BTD + tf.gather(tf.convert_to_tensor(self.kind_vectors), kinds_BT))
         x_BTD = _dropout(x_BTD, self.size.dropout, _fold(seed_2, 1000))
         for block in self.blocks:
-            x_BTD = block(x_BTD, allowed_BTT, distance_TT, seed_2)
+            last = newest_only and block is self.blocks[-1]
+            x_BTD = block(x_BTD, allowed_BTT, distance_TT, seed_2, newest_only=last)
         return x_BTD
 
 

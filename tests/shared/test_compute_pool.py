@@ -1,0 +1,134 @@
+"""Few compute at once, and who waits is in nobody's way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from shared.admission import Admission
+from shared.compute_pool import ComputePool
+
+
+class Calls:
+    """Calls that run until they are let go, and how many did at once."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.running = 0
+        self.most = 0
+        self.done = 0
+        self.may_end = threading.Event()
+
+    def run(self) -> None:
+        with self.changed:
+            self.running += 1
+            self.most = max(self.most, self.running)
+            self.changed.notify_all()
+        assert self.may_end.wait(10)
+        with self.changed:
+            self.running -= 1
+            self.done += 1
+            self.changed.notify_all()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(condition, 10)
+
+
+def pool_of(places: int, most_threads: int = 32) -> tuple[ComputePool, Admission]:
+    admission = Admission(places, 1.0)
+    return ComputePool(places, admission, most_threads), admission
+
+
+def test_no_more_calls_compute_at_once_than_there_are_places() -> None:
+    pool, admission = pool_of(2)
+    calls = Calls()
+    for _ in range(6):
+        pool.submit(calls.run)
+    calls.until(lambda: calls.running == 2)
+    assert admission.waiting == 4
+    calls.may_end.set()
+    calls.until(lambda: calls.done == 6)
+    assert calls.most == 2
+    pool.shutdown()
+
+
+def test_a_call_that_waits_leaves_its_place_to_another() -> None:
+    pool, admission = pool_of(1)
+    calls, outside = Calls(), threading.Event()
+    calls.may_end.set()
+
+    def wait_outside() -> None:
+        with pool.waiting():
+            assert outside.wait(10)
+        calls.run()
+
+    for _ in range(5):
+        pool.submit(wait_outside)
+    pool.submit(calls.run)
+    # All five wait, on one place, and the sixth is through.
+    calls.until(lambda: calls.done == 1)
+    outside.set()
+    calls.until(lambda: calls.done == 6)
+    assert admission.waiting == 0
+    pool.shutdown()
+
+
+def test_stand_ins_leave_when_they_are_no_longer_needed() -> None:
+    pool, admission = pool_of(1)
+    outside, calls = threading.Event(), Calls()
+    calls.may_end.set()
+
+    def wait_outside() -> None:
+        with pool.waiting():
+            assert outside.wait(10)
+        calls.run()
+
+    for _ in range(5):
+        pool.submit(wait_outside)
+    pool.submit(calls.run)
+    calls.until(lambda: calls.done == 1)
+    assert pool._thread_count == 6
+    outside.set()
+    calls.until(lambda: calls.done == 6)
+    for n in range(20):
+        pool.submit(calls.run)
+        calls.until(lambda n=n: calls.done == 7 + n)  # type: ignore[misc]
+    busy = Calls()
+    for _ in range(3):
+        pool.submit(busy.run)
+    busy.until(lambda: busy.running == 1)
+    assert pool._thread_count == 1
+    assert admission.running == 1
+    busy.may_end.set()
+    busy.until(lambda: busy.done == 3)
+    assert busy.most == 1
+    pool.shutdown()
+
+
+def test_beyond_the_most_threads_a_call_that_waits_keeps_its_place() -> None:
+    pool, _ = pool_of(1, most_threads=1)
+    outside, calls = threading.Event(), Calls()
+    calls.may_end.set()
+
+    def wait_outside() -> None:
+        with pool.waiting():
+            assert outside.wait(10)
+
+    pool.submit(wait_outside)
+    pool.submit(calls.run)
+    assert calls.done == 0
+    outside.set()
+    calls.until(lambda: calls.done == 1)
+    pool.shutdown()
+
+
+def test_whoever_asks_is_called_back_once_before_or_after_the_end() -> None:
+    pool, _ = pool_of(1)
+    told = threading.Semaphore(0)
+    for _ in range(200):
+        pool.submit(lambda: None).add_done_callback(lambda _task: told.release())
+    for _ in range(200):
+        assert told.acquire(timeout=10)
+    assert not told.acquire(blocking=False)
+    pool.shutdown()
