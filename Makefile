@@ -59,7 +59,7 @@ protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
 
 requirements:  ## Pin the requirements again, with hashes (needs uv)
-	for name in services trainer dev; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
+	for name in feedback profile recommend trainer dev build deploy; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url $$name.in -o $$name.txt) || exit 1; done
 
 clean:  ## Remove what was made, but not the data of a running suite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -10,6 +11,7 @@ from pydantic import AliasChoices, Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "SHOPKEEPER_"
+SECRETS_VARIABLE = "SHOPKEEPER_SECRETS"
 
 Address = Annotated[str, StringConstraints(pattern=r"^.+:[0-9]{1,5}$")]
 SettingsT = TypeVar("SettingsT", bound="ServiceSettings")
@@ -23,7 +25,9 @@ class ServiceSettings(BaseSettings):
     Names are prefixed with SHOPKEEPER_, but for those that the field knows by another name.
     """
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="ignore", frozen=True
+    )
 
     home: Path = Field(
         Path(".shopkeeper"), description="Directory of everything that is not configured elsewhere."
@@ -116,9 +120,14 @@ class ServiceSettings(BaseSettings):
 
 
 def load_settings(cls: type[SettingsT]) -> SettingsT:
-    """Returns the settings from the environment, or ends the process with one line a problem (exit code 2)."""
+    """Returns the settings from the environment, or ends the process with one line a problem (exit code 2).
+
+    SHOPKEEPER_SECRETS names a directory of files, each called as a variable would be, for what should not stand in
+    an environment: `DATABASE_URL` above all. A variable goes before a file.
+    """
+    secrets = os.environ.get(SECRETS_VARIABLE) or None
     try:
-        return cls()
+        return cls(_secrets_dir=secrets)
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0]) if problem["loc"] else "settings"

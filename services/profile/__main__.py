@@ -1,7 +1,7 @@
 """The profile service's process.
 
 Usage:
-    python -m services.profile            serves
+    python -m services.profile [serve]    serves
     python -m services.profile migrate    brings the schema to the newest version
     python -m services.profile train-churn [--horizon-days DAYS]
                                           trains a churn model on the log and publishes it
@@ -265,7 +265,7 @@ def main() -> None:
     if arguments[:1] == ["train-churn"]:
         train_and_publish(settings, _horizon_days(arguments[1:]))
         return
-    if arguments:
+    if arguments not in ([], ["serve"]):
         print(__doc__, file=sys.stderr)
         raise SystemExit(2)
     telemetry = Telemetry("profile", settings)

@@ -26,6 +26,7 @@ from shared.cli.clients import Clients
 from shared.cli.demo import run_demo
 from shared.cli.installation import Installation, configured_addresses, process_alive
 from shared.cli.output import EXIT_CODES, EXIT_OK, EXIT_PROBLEMS, reports_errors, say, show_json
+from shared.cli.prepare import prepare_secrets
 from shared.cli.supervisor import START_TIMEOUT_SECONDS, Supervisor
 from shared.errors import FailedPrecondition, InvalidInput, ShopkeeperError
 from shared.importing.mapping import shipped_mappings
@@ -448,6 +449,26 @@ def certs(
     say(
         f"Valid for {days} days. A service takes one with SHOPKEEPER_TLS={out}/<name>; keep {out}/ca/ca.key to yourself."
     )
+
+
+@app.command(epilog=EXIT_CODES)
+@reports_errors
+def prepare(
+    out: Annotated[Path, typer.Option("--out", help="Directory of keys, certificates and DATABASE_URL.")],
+    password_file: Annotated[Path, typer.Option("--password-file", help="Password of the database's login.")],
+    database: Annotated[
+        str, typer.Option("--database", help="user@host:port/name.")
+    ] = "shopkeeper@postgres:5432/shopkeeper",
+    host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--host", help="One more name or address of the services; may be repeated.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Make the secrets of a suite of containers, as files, for development. What there is stays; certificates are renewed."""
+    for path in prepare_secrets(out, password_file, database=database, hosts=host or []):
+        say(str(path))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -39,3 +39,14 @@ def test_the_database_url_has_the_name_that_operators_know(monkeypatch: pytest.M
 
 def test_every_setting_is_described() -> None:
     assert [name for name, field in ServiceSettings.model_fields.items() if not field.description] == []
+
+
+def test_a_secret_comes_from_a_file_and_a_variable_goes_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "DATABASE_URL").write_text("postgresql://from-a-file/shop\n")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv("SHOPKEEPER_SECRETS", str(tmp_path))
+    assert load_settings(ServiceSettings).database_url == "postgresql://from-a-file/shop"
+    monkeypatch.setenv("DATABASE_URL", "postgresql://from-a-variable/shop")
+    assert load_settings(ServiceSettings).database_url == "postgresql://from-a-variable/shop"
