@@ -99,6 +99,7 @@ class RecommendService:
             model=settings.recommend_model,
             alias=settings.recommend_alias,
             poll_seconds=settings.registry_poll_seconds,
+            most_exact=settings.exact_search_items,
             on_loaded=_before_service(self.catalog_store),
             on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
         )

@@ -114,6 +114,25 @@ class Model(Protocol):
     def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
         """Returns the score of every item, float32, (I,)."""
 
+    @property
+    def is_searched(self) -> bool:
+        """Whether there are too many items for a pass over all; then `candidates` finds some thousands."""
+
+    def candidates(self, query_D: Float32, history: ModelHistory, count: int) -> tuple[Int64, float]:
+        """Returns items of high scores, ascending, (C,), and log sum_i exp logits_i, estimated.
+
+        The `count` best by logit, nearly (recall is measured), as many by co-occurrence, and the
+        history's own items.
+        """
+
+    def log_partitions(self, queries_QD: Float32) -> Float32:
+        """Returns log sum_i exp logits_i of each query, (Q,); from a sample of the items where `is_searched`."""
+
+    def score_candidates(
+        self, query_D: Float32, history: ModelHistory, indices_C: Int64, log_partition_of_query: float
+    ) -> Float32:
+        """Returns the scores of some items, float32, (C,): those of `blend`, where the partition is exact."""
+
 
 class ModelSource(Protocol):
     """Where the model in service is found."""

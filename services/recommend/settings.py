@@ -42,6 +42,11 @@ class RecommendSettings(ServiceSettings):
         5.0, ge=0, description="At start: the longest wait for the catalogue before calls are accepted."
     )
 
+    exact_search_items: int = Field(
+        50_000,
+        ge=0,
+        description="Items of a model up to which each is scored; larger ones are searched with faiss.",
+    )
     computing_threads: int = Field(
         2,
         ge=1,

@@ -340,8 +340,8 @@ class TestExplain:
         assert sequence.contribution + cooccurrence.contribution == pytest.approx(explained.score, abs=1e-4)
         assert [stage.name for stage in explained.trace.stages] == [
             "profile",
-            "score",
             "filter",
+            "score",
             "rank",
             "reasons",
             "token",

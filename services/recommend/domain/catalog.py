@@ -124,10 +124,10 @@ class Catalog:
         item = self.items.get(row)
         return (item.title if item is not None else "") or self.index.id_of(row)
 
-    def record_of(self, row: int) -> object | None:
-        """Returns the item's record, or None where the shop has not described it."""
-        item = self.items.get(row)
-        return None if item is None or item.placeholder else item.record
+    def records_of(self, rows: Iterable[int]) -> list[object | None]:
+        """Returns the items' records, None where the shop has not described one."""
+        item_of = self.items.get
+        return [None if (item := item_of(row)) is None or item.placeholder else item.record for row in rows]
 
     def category_of(self, row: int) -> str:
         """Returns the last step of the item's category path, or "" where unknown."""

@@ -15,21 +15,32 @@ Rows = npt.NDArray[np.int32]
 _BLOCKS = 16
 
 
-def top_rows(score_R: Float32, eligible_R: npt.NDArray[np.bool_], count: int) -> Rows:
+def top_rows(
+    score_R: Float32, eligible_R: npt.NDArray[np.bool_], count: int, rows_C: Rows | None = None
+) -> Rows:
     """Returns the rows of the `count` highest scores among the eligible, best first, int32.
 
     Rows with a score of -inf have none and are never returned. Ties: the lower row first.
+
+    Args:
+        rows_C: the only rows that have a score, ascending; None: look at all.
     """
-    masked_R = np.where(eligible_R, score_R, np.float32(-np.inf))
-    rows = np.flatnonzero(masked_R >= _lower_bound(masked_R, count))
-    scores = masked_R[rows]
+    if rows_C is None:
+        masked_R = np.where(eligible_R, score_R, np.float32(-np.inf))
+        rows = (masked_R >= _lower_bound(masked_R, count)).nonzero()[0]
+        scores = masked_R[rows]
+    else:
+        rows = rows_C[eligible_R[rows_C]].astype(np.intp)
+        scores = score_R[rows]
     if count < len(rows):
         threshold = np.partition(scores, len(rows) - count)[len(rows) - count]
         near = scores >= threshold
         rows, scores = rows[near], scores[near]
-    scored = scores > -np.inf
-    rows, scores = rows[scored], scores[scored]
-    return rows[np.lexsort((rows, -scores))][:count].astype(np.int32)
+    # Stable: rows ascend, so of equal scores the lower row stays first.
+    order = (-scores).argsort(kind="stable")[:count]
+    if len(order) and scores[order[-1]] == -np.inf:
+        order = order[scores[order] > -np.inf]
+    return rows[order].astype(np.int32)
 
 
 def _lower_bound(score_R: Float32, count: int) -> np.float32:

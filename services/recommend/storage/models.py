@@ -19,11 +19,18 @@ from services.recommend.domain.history import History
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.status import ModelState, Refusal
 from services.recommend.ports import Float32, Int64, ModelHistory
+from services.recommend.storage.search import MOST_EXACT, ApproximateSearch
 from shared.bundle.history import History as BundleHistory
 from shared.bundle.history import encoder_inputs, mark_clean_events
 from shared.bundle.reader import Bundle, load_bundle
 from shared.bundle.registry import PRODUCTION, Registry
-from shared.bundle.scoring import cooccurrence_contributions, cooccurrence_scores, log_partition
+from shared.bundle.scoring import (
+    cooccurrence_contributions,
+    cooccurrence_neighbours,
+    cooccurrence_scores,
+    log_partition,
+    score_candidates,
+)
 from shared.errors import ShopkeeperError
 from shared.telemetry import get_logger
 
@@ -37,7 +44,7 @@ _MAX_UNIT_VECTORS = 200_000
 class BundleModel:
     """A bundle, speaking in rows of the item index. Implements `ports.Model`."""
 
-    def __init__(self, bundle: Bundle, index: ItemIndex) -> None:
+    def __init__(self, bundle: Bundle, index: ItemIndex, *, most_exact: int = MOST_EXACT) -> None:
         self._bundle = bundle
         self._matrix = bundle.cooccurrence
         # In memory and contiguous: a product over a mapped file would fault at the worst moment.
@@ -61,6 +68,48 @@ class BundleModel:
         self.dimension = bundle.dimension
         self.max_history = bundle.max_history
         self.created_time = _timestamp(bundle.manifest.get("created_at"))
+        self._search: ApproximateSearch | None = None
+        if bundle.item_count > most_exact:
+            self._search = ApproximateSearch(self._item_vectors_ID, self._item_bias_I)
+
+    @property
+    def is_searched(self) -> bool:
+        return self._search is not None
+
+    def candidates(self, query_D: Float32, history: ModelHistory, count: int) -> tuple[Int64, float]:
+        assert self._search is not None
+        best_C = self._search.best(query_D, count)
+        partition = self._search.log_partition(query_D, self._logits_of(query_D, best_C))
+        together_M, c_M = cooccurrence_neighbours(self._matrix, history.indices_H, self._bundle.scoring)
+        if len(together_M) > count:
+            together_M = together_M[np.argpartition(-c_M, count)[:count]]
+        return np.unique(np.concatenate([best_C, together_M, history.indices_H])), partition
+
+    def log_partitions(self, queries_QD: Float32) -> Float32:
+        if self._search is not None:
+            return self._search.sampled_partitions(queries_QD)
+        logits_IQ = self._item_vectors_ID @ queries_QD.T
+        logits_IQ += self._item_bias_I[:, None]
+        return log_partition(np.ascontiguousarray(logits_IQ.T))
+
+    def score_candidates(
+        self, query_D: Float32, history: ModelHistory, indices_C: Int64, log_partition_of_query: float
+    ) -> Float32:
+        return score_candidates(
+            self._item_vectors_ID,
+            self._item_bias_I,
+            self._matrix,
+            query_D,
+            history.indices_H,
+            indices_C,
+            self._bundle.scoring,
+            log_partition_of_query,
+        )
+
+    def _logits_of(self, query_D: Float32, indices_C: Int64) -> Float32:
+        logits_C: Float32 = self._item_vectors_ID[indices_C] @ query_D
+        logits_C += self._item_bias_I[indices_C]
+        return logits_C
 
     def indices_of(self, rows: npt.NDArray[np.int32]) -> Int64:
         indices = np.full(len(rows), -1, dtype=np.int64)
@@ -137,6 +186,7 @@ class ModelWatcher:
     Args:
         on_loaded: called with a model just before it comes into service.
         on_refused: called with every refusal, for metrics.
+        most_exact: items up to which all are scored; larger catalogues are searched.
     """
 
     def __init__(
@@ -148,6 +198,7 @@ class ModelWatcher:
         model: str = "main",
         alias: str = PRODUCTION,
         poll_seconds: float = 0.2,
+        most_exact: int = MOST_EXACT,
         on_loaded: Callable[[BundleModel], None] = lambda _: None,
         on_refused: Callable[[Refusal], None] = lambda _: None,
     ) -> None:
@@ -158,6 +209,7 @@ class ModelWatcher:
         self._model_name = model
         self._alias = alias
         self._poll_seconds = poll_seconds
+        self._most_exact = most_exact
         self._on_loaded = on_loaded
         self._on_refused = on_refused
         self._stop = threading.Event()
@@ -222,7 +274,7 @@ class ModelWatcher:
     def _put_into_service(self, version: str) -> None:
         began = time.monotonic()
         bundle = load_bundle(self._registry.version_path(self._model_name, version), self._public_key)
-        model = BundleModel(bundle, self._index)
+        model = BundleModel(bundle, self._index, most_exact=self._most_exact)
         _warm(model)
         self._on_loaded(model)
         previous, self._model = self._state.version, model
@@ -270,6 +322,10 @@ def _warm(model: BundleModel) -> None:
     history = ModelHistory(newest, np.array([3], np.int32), np.zeros(1, np.int64))
     scores_I = model.blend(model.logits(model.encode(history)), model.cooccurrence(history))
     model.cosines(0)
+    if model.is_searched:
+        query_D = model.encode(history)
+        found_C, partition = model.candidates(query_D, history, 1_000)
+        model.score_candidates(query_D, history, found_C, partition)
     if not np.isfinite(scores_I).all():
         raise ValueError("its scores are not finite")
 

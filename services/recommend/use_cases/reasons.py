@@ -105,8 +105,8 @@ def _blend_reasons(
         reason_kind, wording = _REASON_OF_KIND[kind]
         reasons[c] = [_about(world, history, read, place, reason_kind, wording, float(lost_C[c]))]
     rest = np.flatnonzero(~material_C)
-    if len(rest) and scores.logits_I is not None and scores.cooccurrence_I is not None:
-        drops_EC, places = _occlude(model, read, scores.logits_I, scores.cooccurrence_I, indices_C[rest])
+    if len(rest) and scores.query_D is not None:
+        drops_EC, places = _occlude(model, read, scores, indices_C[rest])
         for c, drop_E in zip(rest, drops_EC.T, strict=True):
             e = int(drop_E.argmax())
             if drop_E[e] > 0:
@@ -121,23 +121,25 @@ def _blend_reasons(
 
 
 def _occlude(
-    model: Model,
-    read: ModelHistory,
-    logits_I: Float32,
-    cooccurrence_I: Float32,
-    indices_C: npt.NDArray[np.int64],
+    model: Model, read: ModelHistory, scores: Scores, indices_C: npt.NDArray[np.int64]
 ) -> tuple[Float32, list[int]]:
     """Returns by how much each item's score falls without each of the last events, (E, C), and their places."""
-    whole_C = model.blend(logits_I, cooccurrence_I)[indices_C]
+    assert scores.query_D is not None
     places = list(range(max(0, len(read) - OCCLUDED_EVENTS), len(read)))
-    drops = []
-    for place in places:
-        rest = read.without(place)
-        # Without any event the query is zero, and what is left is the items' bias.
-        query_D = model.encode(rest) if len(rest) else np.zeros(model.dimension, np.float32)
-        without_I = model.blend(model.logits(query_D), model.cooccurrence(rest))
-        drops.append(whole_C - without_I[indices_C])
-    return np.array(drops, dtype=np.float32), places
+    histories = [read, *(read.without(place) for place in places)]
+    # Without any event the query is zero, and what is left is the items' bias.
+    nothing_D = np.zeros(model.dimension, np.float32)
+    queries_QD = np.stack(
+        [scores.query_D, *(model.encode(rest) if len(rest) else nothing_D for rest in histories[1:])]
+    )
+    partition_Q = model.log_partitions(queries_QD)
+    score_QC = np.stack(
+        [
+            model.score_candidates(query_D, history, indices_C, float(partition))
+            for query_D, history, partition in zip(queries_QD, histories, partition_Q, strict=True)
+        ]
+    )
+    return score_QC[0] - score_QC[1:], places
 
 
 def _item_to_item_reasons(

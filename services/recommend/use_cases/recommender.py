@@ -33,7 +33,7 @@ from services.recommend.domain.recommendation import (
 )
 from services.recommend.domain.rules import Rule
 from services.recommend.domain.serving_config import PlacementPolicy, Scorer, ServingConfig
-from services.recommend.ports import CatalogStream, Clock, FilterParser, Float32, Observer
+from services.recommend.ports import CatalogStream, Clock, FilterParser, Float32, Model, Observer
 from services.recommend.use_cases.configs import Configuration, ServingConfigs
 from services.recommend.use_cases.eligibility import (
     Eligibility,
@@ -55,6 +55,7 @@ from services.recommend.use_cases.scoring import (
     cosine_scores,
     newest_scores,
     popular_scores,
+    searched_scores,
     similar_scores,
     together_scores,
     trending_scores,
@@ -79,6 +80,8 @@ _BEHIND_THE_PAGE = 200
 """Candidates behind the page from which rules and exploration choose."""
 _EXPLORED_BEHIND = 100
 _EXPLORED_NEW = 50
+_MOST_MOVED = 50_000
+"""Items that rules add to what a search finds in a large catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +212,21 @@ class Recommender:
                 filter_R = self._filters.mask(query.filter_text, ranking.world.catalog)
         mark = self._stage(ranking, "profile", started, len(ranking.history), len(ranking.history))
 
-        ranking.scores = scores = self._score(ranking)
-        ranking.degraded += scores.degraded
-        # Counting takes passes over the catalogue, and interests nobody who has not asked.
-        scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
-        mark = self._stage(ranking, "score", mark, ranking.world.size, scored)
-
+        # Before the scores: a search asks for more where little of what it finds may be shown.
         if rules:
             ranking.plan = plan_rules(rules, query.placement, ranking.now, ranking.world, self._filters)
         ranking.eligibility = self._judge(ranking, filter_R)
+        # Counting takes passes over the catalogue, and interests nobody who has not asked.
         eligible = int(np.count_nonzero(ranking.eligibility.eligible_R)) if query.traced else 0
-        mark = self._stage(ranking, "filter", mark, scored, eligible)
+        mark = self._stage(ranking, "filter", mark, ranking.world.size, eligible)
+
+        ranking.scores = scores = self._score(ranking)
+        ranking.degraded += scores.degraded
+        scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
+        mark = self._stage(ranking, "score", mark, eligible, scored)
 
         ranking.selection = self._select(ranking)
-        mark = self._stage(ranking, "rank", mark, eligible, len(ranking.selection.rows_K))
+        mark = self._stage(ranking, "rank", mark, scored, len(ranking.selection.rows_K))
 
         if query.explained:
             self._explain(ranking)
@@ -265,8 +269,7 @@ class Recommender:
         )
         records: list[object | None] = []
         if query.with_records:
-            record_of = world.catalog.record_of
-            records = [record_of(row) for row in rows_K.tolist()]
+            records = world.catalog.records_of(rows_K.tolist())
         for degradation in ranking.degraded:
             self._observer.degraded(degradation.cause.name)
         expected_K, counts_K = self._purchases(ranking)
@@ -353,8 +356,34 @@ class Recommender:
             return cosine_scores(world, model, history, self._counts, now, ranking.config.cosine_alpha)
         if ranking.config.scorer is Scorer.BLENDED and model is not None and len(history):
             may_encode = self._remaining(ranking) > _ENCODE_SECONDS
+            # A trace shows every item's place, and takes the time that a pass over all takes.
+            if model.is_searched and may_encode and not query.traced:
+                return self._searched(ranking, model)
             return blended_scores(world, model, history, self._counts, now, may_encode=may_encode)
         return popular_scores(world, self._counts, now)
+
+    def _searched(self, ranking: Ranking, model: Model) -> Scores:
+        query, plan = ranking.query, ranking.plan
+        count = query.page_size or ranking.policy.default_page_size
+        wanted = query.page.offset + max(count, ranking.config.diversity_depth) + _BEHIND_THE_PAGE
+        moved_R = np.zeros(ranking.world.size, dtype=np.bool_)
+        if plan is not None:
+            # What a rule moves up, or wants a share of, may be far from what a search would find.
+            for _, mask_R, amount in plan.shifts:
+                if amount > 0:
+                    moved_R |= mask_R
+            for _, mask_R, _ in plan.shares:
+                moved_R |= mask_R
+        return searched_scores(
+            ranking.world,
+            model,
+            ranking.history,
+            self._counts,
+            ranking.now,
+            ranking.eligibility.eligible_R,
+            wanted,
+            np.flatnonzero(moved_R & ranking.eligibility.eligible_R).astype(np.int32)[:_MOST_MOVED],
+        )
 
     def _similar(self, ranking: Ranking, item_id: str) -> Scores:
         world = ranking.world
@@ -438,17 +467,20 @@ class Recommender:
             ranking.order_R = plan.order(scores.score_R, eligibility.eligible_R)
 
         def first() -> Tier:
-            return Tier(scores.sources[0], scores.score_R, unseen_R, ranking.order_R)
+            return Tier(scores.sources[0], scores.score_R, unseen_R, ranking.order_R, scores.rows_C)
 
         def new_items() -> Tier:
             # What the model has not learnt yet comes after everything that it has: never lost, never first.
+            if scores.rows_C is not None:
+                rows_C = world.unlearnt_rows
+                return Tier(Source.NEW_ITEMS, newest_scores(world), eligibility.eligible_R, rows_C=rows_C)
             return Tier(
                 Source.NEW_ITEMS, newest_scores(world), eligibility.eligible_R & (scores.score_R == -np.inf)
             )
 
         def seen_items() -> Tier:
             # Rather something they know than nothing.
-            return Tier(scores.sources[0], scores.score_R, seen_R, ranking.order_R)
+            return Tier(scores.sources[0], scores.score_R, seen_R, ranking.order_R, scores.rows_C)
 
         def outside_filter() -> Tier:
             popular_R = popular_scores(world, self._counts, ranking.now).score_R
@@ -528,7 +560,8 @@ class Recommender:
         ranking.seed = query.page.seed or query.seed or int.from_bytes(self._new_id(), "big") >> 1 or 1
         unlearnt_R = ranking.eligibility.eligible_R & (ranking.scores.score_R == -np.inf)
         unlearnt_R[page.rows_K] = False
-        newest = top_rows(newest_scores(world), unlearnt_R, _EXPLORED_NEW)
+        unlearnt_rows = None if ranking.scores.rows_C is None else world.unlearnt_rows
+        newest = top_rows(newest_scores(world), unlearnt_R, _EXPLORED_NEW, unlearnt_rows)
         behind = behind[:_EXPLORED_BEHIND]
         candidates_E = np.concatenate([behind, newest[~np.isin(newest, behind)]]).astype(np.int32)
         open_places = list(range(len(page.rows_K)))

@@ -5,11 +5,13 @@ Every scorer returns float32 (R,), -inf where it has no opinion.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from services.recommend.domain.catalog import Mask
 from services.recommend.domain.cosine import moment_vector
 from services.recommend.domain.history import History, Purchases, buy_again_scores, purchases_of
 from services.recommend.domain.live_counts import LiveCounts
@@ -29,7 +31,11 @@ class Scores:
         score_R: the score, -inf where there is none.
         sources: what it was made of.
         model_history: the history as the model read it, where one took part.
-        logits_I, cooccurrence_I: the parts of the blend, where it is one.
+        rows_C: the only rows that have a score, ascending, where some thousands were found by search;
+            None: every row that could have one has.
+        query_D: the encoded history.
+        log_partition: of the query, where the score was made by search.
+        logits_I, cooccurrence_I: the parts of the blend, where it is one over all items.
         seed_indices: the model's indices of the items that the question is about.
         purchases: of BUY_AGAIN.
         degraded: what it went without.
@@ -38,6 +44,9 @@ class Scores:
     score_R: Float32
     sources: list[Source]
     model_history: ModelHistory | None = None
+    rows_C: npt.NDArray[np.int32] | None = None
+    query_D: Float32 | None = None
+    log_partition: float = 0.0
     logits_I: Float32 | None = None
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -68,6 +77,66 @@ def newest_scores(world: World) -> Float32:
     return np.where(described_R, np.nan_to_num(days_R, nan=0.0), np.float32(-np.inf))
 
 
+EXACT_ROWS = 20_000
+"""Eligible rows up to which a large catalogue's are all scored: cheaper than to search among the others too."""
+_CANDIDATES = 1_000
+_MOST_CANDIDATES = 20_000
+
+
+def searched_scores(
+    world: World,
+    model: Model,
+    history: History,
+    counts: LiveCounts,
+    now: float,
+    eligible_R: Mask,
+    wanted: int,
+    further_rows: npt.NDArray[np.int32],
+) -> Scores:
+    """As `blended_scores`, of candidates alone: those that a search finds.
+
+    More are fetched where filters let few through; where they leave fewer than EXACT_ROWS items, or the
+    candidates too few, all eligible items are scored, so that what a filter lets through is always found.
+
+    Args:
+        eligible_R: what may be shown.
+        wanted: items that must be eligible among the candidates, as long as there are so many.
+        further_rows: candidates in any case: what rules would move up.
+    """
+    read = model.read_history(history)
+    if not len(read):
+        return popular_scores(world, counts, now)
+    try:
+        query_D = model.encode(read)
+    except (RuntimeError, ValueError) as error:
+        scores = _without_encoder(world, model, read, model.cooccurrence(read))
+        scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
+        return scores
+    eligible = int(np.count_nonzero(eligible_R))
+    fetched = math.ceil(max(_CANDIDATES, 1.5 * wanted * world.size / max(eligible, 1)))
+    indices_C, partition = model.candidates(query_D, read, min(fetched, _MOST_CANDIDATES))
+    rows_C = model.rows_I[indices_C]
+    found = int(np.count_nonzero(eligible_R[rows_C]))
+    if eligible <= EXACT_ROWS or found < min(wanted, eligible):
+        rows = np.flatnonzero(eligible_R).astype(np.int32)
+        further_rows = np.concatenate([further_rows, rows])
+    if len(further_rows):
+        further = model.indices_of(further_rows)
+        indices_C = np.union1d(indices_C, further[further >= 0])
+        rows_C = model.rows_I[indices_C]
+    score_C = model.score_candidates(query_D, read, indices_C, partition)
+    score_R = np.full(world.size, -np.inf, dtype=np.float32)
+    score_R[rows_C] = score_C
+    return Scores(
+        score_R,
+        [Source.SEQUENCE, Source.COOCCURRENCE],
+        model_history=read,
+        rows_C=np.sort(rows_C),
+        query_D=query_D,
+        log_partition=partition,
+    )
+
+
 def blended_scores(
     world: World, model: Model, history: History, counts: LiveCounts, now: float, *, may_encode: bool
 ) -> Scores:
@@ -78,7 +147,8 @@ def blended_scores(
     cooccurrence_I = model.cooccurrence(read)
     if may_encode:
         try:
-            logits_I = model.logits(model.encode(read))
+            query_D = model.encode(read)
+            logits_I = model.logits(query_D)
         except (RuntimeError, ValueError) as error:
             scores = _without_encoder(world, model, read, cooccurrence_I)
             scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
@@ -87,6 +157,7 @@ def blended_scores(
             world.by_row(model.blend(logits_I, cooccurrence_I)),
             [Source.SEQUENCE, Source.COOCCURRENCE],
             model_history=read,
+            query_D=query_D,
             logits_I=logits_I,
             cooccurrence_I=cooccurrence_I,
         )

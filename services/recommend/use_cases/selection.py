@@ -25,12 +25,14 @@ class Tier:
         score_R: -inf where the tier has no opinion.
         eligible_R: what may be taken.
         order_R: what the order is made of, where rules shift the scores.
+        rows_C: the only rows that have a score, ascending; None: any may.
     """
 
     source: Source
     score_R: Float32
     eligible_R: Mask
     order_R: Float32 | None = None
+    rows_C: Rows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,12 @@ def select(
             eligible_R = eligible_R.copy()
             eligible_R[rows_K] = False
         if wanted == 0:
-            if bool(np.any(eligible_R & (order_R > -np.inf))):
+            if len(top_rows(order_R, eligible_R, 1, tier.rows_C)):
                 return Selection(rows_K, scores_K, tiers_K, True)
             continue
         diversify = number == 0 and strength > 0 and model is not None
         # One more than wanted tells whether there is a next page.
-        rows = top_rows(order_R, eligible_R, max(wanted + 1, depth if diversify else 0))
+        rows = top_rows(order_R, eligible_R, max(wanted + 1, depth if diversify else 0), tier.rows_C)
         more = len(rows) > wanted
         if diversify and model is not None:
             near = rows[: max(count + 1, depth)]

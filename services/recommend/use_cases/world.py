@@ -23,6 +23,7 @@ class World:
         withdrawn_R: withdrawn or deleted.
         in_stock_R: not sold out.
         showable_R: in_catalog_R and not withdrawn_R.
+        unlearnt_rows: rows that the model does not know, int32, ascending; all of them without a model.
     """
 
     model: Model | None
@@ -32,6 +33,7 @@ class World:
     withdrawn_R: Mask
     in_stock_R: Mask
     showable_R: Mask
+    unlearnt_rows: npt.NDArray[np.int32]
     _rows_are_indices: bool
 
     @property
@@ -92,6 +94,9 @@ def join(model: Model | None, catalog: Catalog) -> World:
     rows_are_indices = model is not None and bool(
         np.array_equal(model.rows_I, np.arange(model.item_count, dtype=np.int32))
     )
+    unlearnt_R = np.ones(catalog.size, dtype=np.bool_)
+    if model is not None:
+        unlearnt_R[model.rows_I[: catalog.size] if rows_are_indices else model.rows_I] = False
     return World(
         model=model,
         catalog=catalog,
@@ -100,6 +105,7 @@ def join(model: Model | None, catalog: Catalog) -> World:
         withdrawn_R=withdrawn_R,
         in_stock_R=~(stock_R <= 0),
         showable_R=in_catalog_R & ~withdrawn_R,
+        unlearnt_rows=np.flatnonzero(unlearnt_R).astype(np.int32),
         _rows_are_indices=rows_are_indices,
     )
 

@@ -617,8 +617,8 @@ class Trace(_message.Message):
         CANDIDATES_OUT_FIELD_NUMBER: _builtins.int
         DETAIL_FIELD_NUMBER: _builtins.int
         name: _builtins.str
-        """The stage: "profile" (the history), "score" (every source over the whole
-        catalogue), "filter", "rank" (order, diversity, page), "reasons" or "token".
+        """The stage: "profile" (the history), "filter", "score" (every source, over
+        what may be shown), "rank" (order, diversity, page), "reasons" or "token".
         """
         duration_micros: _builtins.int
         """How long it took, in microseconds."""
