@@ -102,8 +102,7 @@ def start_trainer(
             registry=tmp_path / "registry",
             log_level="error",
             # Nothing answers there: a run must do without a catalogue.
-            profile_address="127.0.0.1:9",
-            **changes,  # type: ignore[arg-type]
+            **{"profile_address": "127.0.0.1:9", **changes},  # type: ignore[arg-type]
         )
         trainer = Trainer(settings, Telemetry("trainer", settings), database_url)
         started.append(trainer)

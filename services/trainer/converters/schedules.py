@@ -87,6 +87,11 @@ def tuning_from_proto(request: trainer_service_pb2.TuneModelRequest) -> Task:
     violations.check(
         0 <= request.max_seconds <= 604_800, "max_seconds", "must be in [1, 604800], or 0 for 3600."
     )
+    violations.check(
+        not request.config.HasField("differential_privacy"),
+        "config.differential_privacy",
+        "cannot be tuned: each trial would tell of people. Tune on the simulation, then train once.",
+    )
     violations.raise_any()
     return Task(
         RunKind.TUNING,

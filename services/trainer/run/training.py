@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+from services.trainer.domain.privacy import DifferentialPrivacy, GaussianRelease, PrivacyCharge
 from services.trainer.domain.runs import TrainingRun
 from services.trainer.pipeline.pipeline import TrainedModel, train_model
+from services.trainer.privacy.accounting import epsilon_of_ledger
+from services.trainer.privacy.ledger import PostgresPrivacyLedger
+from services.trainer.privacy.training import PrivateModel, train_privately
 from services.trainer.run.heart import Heart
 from services.trainer.run.work import Work, code_version, plan_of
 from services.trainer.storage import PublishingLease
 from shared.bundle import Bundle, Registry, load_bundle, write_bundle
-from shared.errors import Aborted, Cancelled, DataLoss, FailedPrecondition
+from shared.errors import Aborted, Cancelled, DataLoss
 from shared.keys import read_signing_key
 
 _LEASE_PATIENCE_SECONDS = 20.0
@@ -26,8 +31,6 @@ def train(work: Work) -> None:
         ShopkeeperError: with a reason of the contract; nothing is published.
     """
     run, settings = work.run, work.settings
-    if run.config.differential_privacy is not None:
-        raise FailedPrecondition("NOT_BUILT_YET", "Training with differential privacy is not built yet.")
     size, plan = plan_of(run.config)
     signing_key = read_signing_key(settings.keys_path)
     lease = PublishingLease(work.database, run.model)
@@ -36,21 +39,37 @@ def train(work: Work) -> None:
         events = work.read_log()
         attributes, why_none = work.read_catalogue()
         known = f"{len(attributes):,} items in the catalogue" if not why_none else f"no catalogue: {why_none}"
-        work.report("READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}.")
         registry = Registry(settings.registry_path)
         served, incumbent = version_in_service(registry, work, signing_key.public_key())
-        trained = train_model(
-            events,
-            attributes,
-            size,
-            plan,
-            model_name=run.model,
-            seed=run.config.seed,
-            report=work.report,
-            should_stop=work.heart.should_stop,
-            code_version=code_version(),
-            incumbent=incumbent,
-        )
+        trained: TrainedModel | PrivateModel
+        if run.config.differential_privacy is not None:
+            # What a private run finds in the log, such as how much there is, is nobody's to read.
+            work.report("READING", f"{known[0].upper()}{known[1:]}.")
+            trained = train_privately(
+                events,
+                attributes,
+                run.config.differential_privacy,
+                plan,
+                model_name=run.model,
+                report=work.report,
+                charge=charger_of(work, run.config.differential_privacy),
+                should_stop=work.heart.should_stop,
+                code_version=code_version(),
+            )
+        else:
+            work.report("READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}.")
+            trained = train_model(
+                events,
+                attributes,
+                size,
+                plan,
+                model_name=run.model,
+                seed=run.config.seed,
+                report=work.report,
+                should_stop=work.heart.should_stop,
+                code_version=code_version(),
+                incumbent=incumbent,
+            )
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
         version = lease.publish(
             run.run_id,
@@ -61,6 +80,29 @@ def train(work: Work) -> None:
             raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
     finally:
         lease.close()
+
+
+def charger_of(work: Work, private: DifferentialPrivacy) -> Callable[[Sequence[GaussianRelease]], None]:
+    """Returns what charges this attempt of a run to the budget; one that is started anew pays anew."""
+    run, settings = work.run, work.settings
+    ledger = PostgresPrivacyLedger(
+        work.database, settings.privacy_epsilon_limit, settings.privacy_delta, epsilon_of_ledger
+    )
+
+    def charge(releases: Sequence[GaussianRelease]) -> None:
+        ledger.charge(
+            PrivacyCharge(
+                run.run_id,
+                run.attempt,
+                run.model,
+                private.epsilon,
+                private.delta,
+                private.mechanism,
+                tuple(releases),
+            )
+        )
+
+    return charge
 
 
 def _acquire(lease: PublishingLease, run: TrainingRun, heart: Heart) -> None:
@@ -94,7 +136,12 @@ def version_in_service(
 
 
 def _publish(
-    registry: Registry, run: TrainingRun, trained: TrainedModel, served: str, signing_key: Any, logger: Any
+    registry: Registry,
+    run: TrainingRun,
+    trained: TrainedModel | PrivateModel,
+    served: str,
+    signing_key: Any,
+    logger: Any,
 ) -> tuple[str, dict[str, Any], str | None]:
     version = write_bundle(
         registry,
@@ -110,7 +157,12 @@ def _publish(
 
 
 def _promote(
-    registry: Registry, run: TrainingRun, trained: TrainedModel, version: str, served: str, logger: Any
+    registry: Registry,
+    run: TrainingRun,
+    trained: TrainedModel | PrivateModel,
+    version: str,
+    served: str,
+    logger: Any,
 ) -> str | None:
     """Points the alias where the gate and the run allow it; returns why not, or None where it did."""
     if not run.config.promote:

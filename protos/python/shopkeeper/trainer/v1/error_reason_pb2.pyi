@@ -96,6 +96,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """This replica is stopping; connect again."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 30
     """The deadline passed before the answer was ready."""
+    ERROR_REASON_CATALOGUE_NEEDED: _ErrorReason.ValueType  # 31
+    """Of a run: with differential privacy, and the catalogue, whose items are
+    the model's, names too few or could not be read. Metadata: `items`.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -191,6 +195,10 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 29
 """This replica is stopping; connect again."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 30
 """The deadline passed before the answer was ready."""
+ERROR_REASON_CATALOGUE_NEEDED: ErrorReason.ValueType  # 31
+"""Of a run: with differential privacy, and the catalogue, whose items are
+the model's, names too few or could not be read. Metadata: `items`.
+"""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.
 

@@ -1,0 +1,88 @@
+"""The model card of a private version. It holds nothing of people that is not noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from services.trainer.pipeline.gate import Verdict
+from services.trainer.privacy.measuring import NoisyMeasures
+from shared.ranking_metrics import Interval
+
+_WHERE = {
+    "COUNTS": "Noisy counts of what follows what, from contributions of bounded norm",
+    "GRADIENTS": "A causal Transformer trained on clipped, noisy gradients (DP-Adam)",
+}
+
+
+def write_private_card(
+    *,
+    model: str,
+    promise: Mapping[str, Any],
+    measured: NoisyMeasures,
+    verdict: Verdict,
+    item_count: int,
+    hyper_parameters: Mapping[str, Any],
+    simulated: bool,
+) -> str:
+    """Returns the card in Markdown."""
+    useful = measured.lead.low > 0
+    lines = [f"# Model card: {model}, with differential privacy", ""]
+    if simulated:
+        lines += ["**SIMULATION: the shoppers are made up. The numbers say nothing about people.**", ""]
+    lines += [
+        f"**Gate: {verdict.verdict}.** {_WHERE[promise['mechanism']]}. Input: pseudonymous histories of people who "
+        "consented to training; no raw user id was read.",
+        "",
+        "## Privacy",
+        "",
+        promise["statement"],
+        "",
+        "| | |",
+        "|---|---|",
+        f"| epsilon | {promise['epsilon']:.4g} |",
+        f"| delta | {promise['delta']:g} |",
+        f"| unit | {promise['unit']} |",
+        f"| adjacency | {promise['adjacency']} |",
+        f"| mechanism | {promise['mechanism']} |",
+        f"| noise multiplier | {promise['noise_multiplier']:.4g} (standard deviation over the norm of a person) |",
+        f"| sampling rate | {promise['sampling_rate']:g} (Poisson) |",
+        f"| steps | {promise['steps']} |",
+        f"| clipping norm | {promise['clip_norm']:g} |",
+        "",
+        "It covers every file of this version: items are those of the catalogue, popularity and the numbers below carry "
+        "noise, and no weight was chosen on anybody's data. It does not cover other versions: the ledger "
+        "(GetPrivacyBudget) adds those up.",
+        "",
+        "## Gate",
+        "",
+        "| check | passed | finding |",
+        "|---|---|---|",
+        *(f"| {c.name} | {'yes' if c.passed else '**no**'} | {c.reason} |" for c in verdict.checks),
+        "",
+        "## Quality",
+        "",
+        f"The last event of about {measured.people:,.0f} people whom training never read; every item of the catalogue "
+        f"competes. 95% intervals of sampling and of the noise (standard deviation {measured.noise:.3g} of each sum).",
+        "",
+        "| | hr@10 | ndcg@10 |",
+        "|---|---|---|",
+        f"| served | {_cell(measured.served['hr@10'])} | {_cell(measured.served['ndcg@10'])} |",
+        f"| private popularity | {_cell(measured.popularity['hr@10'])} | {_cell(measured.popularity['ndcg@10'])} |",
+        "",
+    ]
+    if not useful:
+        lines += [
+            "**Nothing useful is shown to have survived the noise**: what is served is not better than popularity by "
+            "the interval. So few people, or so small an epsilon, cannot be had together with quality; more people "
+            "help, since each adds as much signal and the noise stays as it is.",
+            "",
+        ]
+    lines += ["## Data", "", "| | |", "|---|---|", f"| items of the catalogue | {item_count:,} |", ""]
+    lines += ["## Hyper-parameters", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in hyper_parameters.items()]
+    return "\n".join([*lines, ""])
+
+
+def _cell(interval: Interval) -> str:
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

@@ -1,0 +1,174 @@
+"""Private runs over gRPC, on a real PostgreSQL, with a catalogue on a socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
+from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
+from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
+
+from shared.bundle import Registry, cooccurrence_scores, load_bundle
+from shared.grpc_status import from_rpc_error
+from shared.keys import read_verifying_key
+from tests.trainer.conftest import eventually, walk
+
+State = training_run_pb2.TrainingRun.State
+Guarantee = model_pb2.PrivacyGuarantee
+ITEMS = 40
+
+
+class Catalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
+    """A catalogue of `item-0` to `item-<ITEMS>`, the last of which nobody ever touched."""
+
+    def ListItems(self, request, context):  # type: ignore[no-untyped-def]
+        return catalog_service_pb2.ListItemsResponse(
+            items=[
+                item_pb2.Item(item_id=f"item-{index}", category_path=["shelf"]) for index in range(ITEMS + 1)
+            ]
+        )
+
+
+@pytest.fixture
+def catalogue_address() -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(Catalogue(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0)
+
+
+def request_of(epsilon: float, name: str = "", **private: object) -> pb.CreateTrainingRunRequest:
+    return pb.CreateTrainingRunRequest(
+        request_id=name,
+        config=training_run_pb2.TrainingConfig(
+            size=training_run_pb2.TrainingConfig.SIZE_TINY,
+            differential_privacy=training_run_pb2.DifferentialPrivacy(epsilon=epsilon, **private),  # type: ignore[arg-type]
+        ),
+    )
+
+
+def ended(stub, run_id: str) -> tuple[training_run_pb2.TrainingRun, list[str]]:  # type: ignore[no-untyped-def]
+    seen = list(stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run_id), timeout=150))
+    return seen[-1].training_run, [entry.message for message in seen for entry in message.progress]
+
+
+def test_a_private_run_publishes_noisy_numbers_alone_and_is_charged_once(
+    record, start_trainer, catalogue_address: str, tmp_path: Path, keys_dir: Path
+) -> None:
+    record(walk(users=1500, items=ITEMS))
+    _trainer, stub = start_trainer(profile_address=catalogue_address)
+    run, journal = ended(stub, stub.CreateTrainingRun(request_of(4.0)).run_id)
+    assert run.state == State.STATE_SUCCEEDED, run.failure
+    assert run.gate.verdict == model_pb2.Gate.VERDICT_PASSED, run.gate
+    version = stub.GetModelVersion(pb.GetModelVersionRequest(version="production"))
+    assert version.privacy.mechanism == Guarantee.MECHANISM_COUNTS
+    assert version.privacy.unit == Guarantee.UNIT_PERSON
+    assert version.privacy.adjacency == Guarantee.ADJACENCY_ADD_OR_REMOVE_ONE
+    assert 3.9 < version.privacy.epsilon <= 4.0
+    assert version.privacy.delta == 1e-6
+    assert version.privacy.noise_multiplier > 1
+    assert "one person" in version.card
+    # Neither the exact number of people nor of events, nor when they did what.
+    directory = Registry(tmp_path / "registry").version_path("main", run.version)
+    told = (directory / "manifest.json").read_text() + (directory / "card.md").read_text() + str(journal)
+    assert "1500" not in told
+    assert "1,500" not in told
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["data"]["events"] == 0
+    assert manifest["data"]["watermark"] == ""
+    assert manifest["data"]["first_event_at"] == manifest["data"]["last_event_at"]
+    assert set(manifest["files"]) == {
+        "card.md", "encoder.tflite", "vocabulary.safetensors", "weights.safetensors",
+    }  # fmt: skip
+    bundle = load_bundle(directory, read_verifying_key(keys_dir))
+    # Also the item that nobody touched: the items are the catalogue's.
+    assert bundle.item_count == ITEMS + 1
+    assert bundle.last_seen is None
+    one, two = bundle.index_of("item-7"), bundle.index_of("item-8")
+    assert int(cooccurrence_scores(bundle.cooccurrence, np.array([one]), bundle.scoring).argmax()) == two
+    budget = stub.GetPrivacyBudget(pb.GetPrivacyBudgetRequest())
+    assert [(charge.run_id, charge.epsilon, charge.attempt) for charge in budget.charges] == [
+        (run.run_id, 4.0, 1)
+    ]
+    assert 0 < budget.epsilon_spent <= 4.0
+
+
+def test_a_run_beyond_the_budget_is_refused_before_its_first_step(
+    record, start_trainer, catalogue_address: str, tmp_path: Path
+) -> None:
+    record(walk(users=60, items=ITEMS))
+    _trainer, stub = start_trainer(profile_address=catalogue_address, privacy_epsilon_limit=1.2)
+    first, _journal = ended(stub, stub.CreateTrainingRun(request_of(1.0, "first")).run_id)
+    assert first.state == State.STATE_SUCCEEDED
+    second, journal = ended(stub, stub.CreateTrainingRun(request_of(1.0, "second")).run_id)
+    assert second.state == State.STATE_FAILED
+    assert second.failure.reason == "PRIVACY_BUDGET_EXHAUSTED"
+    assert not any("charged" in message for message in journal)
+    assert [charge.run_id for charge in stub.GetPrivacyBudget(pb.GetPrivacyBudgetRequest()).charges] == [
+        first.run_id
+    ]
+
+
+def test_a_run_without_a_catalogue_is_refused_and_not_charged(record, start_trainer) -> None:
+    record(walk(users=60, items=ITEMS))
+    _trainer, stub = start_trainer()
+    run, _journal = ended(stub, stub.CreateTrainingRun(request_of(1.0)).run_id)
+    assert run.failure.reason == "CATALOGUE_NEEDED"
+    assert not stub.GetPrivacyBudget(pb.GetPrivacyBudgetRequest()).charges
+
+
+def test_a_run_that_is_killed_after_its_charge_leaves_no_version_and_keeps_the_charge(
+    record, start_trainer, catalogue_address: str, tmp_path: Path
+) -> None:
+    record(walk(users=3000, items=ITEMS))
+    trainer, stub = start_trainer(profile_address=catalogue_address)
+    created = stub.CreateTrainingRun(request_of(2.0))
+    eventually(lambda: bool(stub.GetPrivacyBudget(pb.GetPrivacyBudgetRequest()).charges), 60)
+    process = trainer.supervisor.processes().get(created.run_id)
+    if process is not None:
+        os.kill(process, signal.SIGKILL)
+    run, _journal = ended(stub, created.run_id)
+    if run.state != State.STATE_SUCCEEDED:
+        assert run.failure.reason == "PROCESS_DIED"
+        assert not Registry(tmp_path / "registry").list_versions("main")
+    charges = stub.GetPrivacyBudget(pb.GetPrivacyBudgetRequest()).charges
+    assert [(charge.run_id, charge.epsilon) for charge in charges] == [(created.run_id, 2.0)]
+
+
+def test_promises_out_of_range_are_refused_with_their_field_and_a_shop_may_require_one(
+    start_trainer, migrate_services
+) -> None:
+    migrate_services("feedback", "trainer")
+    _trainer, stub = start_trainer(privacy_required=True)
+
+    def refused(request: pb.CreateTrainingRunRequest) -> str:
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.CreateTrainingRun(request)
+        return from_rpc_error(caught.value).message
+
+    assert "config.differential_privacy is required" in refused(pb.CreateTrainingRunRequest())
+    for wrong, field in [
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"epsilon": float("nan")}, "epsilon"),
+        ({"epsilon": 1.0, "delta": 0.5}, "delta"),
+        ({"epsilon": 1.0, "clip_norm": -1.0}, "clip_norm"),
+        ({"epsilon": 1.0, "unit": 7}, "unit"),
+        ({"epsilon": 1.0, "mechanism": 9}, "mechanism"),
+    ]:
+        assert f"config.differential_privacy.{field}" in refused(request_of(**wrong)), wrong  # type: ignore[arg-type]
+    rare = request_of(1.0)
+    rare.config.window.min_item_events = 5
+    assert "config.window.min_item_events" in refused(rare)
+    with pytest.raises(grpc.RpcError) as tuned:
+        stub.TuneModel(pb.TuneModelRequest(config=request_of(1.0).config))
+    assert "config.differential_privacy" in from_rpc_error(tuned.value).message
