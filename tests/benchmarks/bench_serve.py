@@ -8,7 +8,10 @@ takes the whole way: history from memory, encoder, exact scores over the catalog
 
 The load comes from h2load, in C (Debian: nghttp2-client), one process for each of several shoppers; without it
 from a Python client, which costs as much as the server and is said to be the generator. CPU a request is the
-server's own, from the kernel's account of its process. The last line is JSON.
+server's own, from the kernel's account of its process. What was answered OK comes from the server's own metrics.
+
+Beside the load of one process: a version that is swapped in under load, twice the load that one process can take,
+and two processes on one port. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import statistics
 import struct
 import subprocess
@@ -26,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,11 +57,21 @@ METHOD = "/shopkeeper.recommend.v1.RecommendService/Recommend"
 DIMENSION = 64
 MAX_HISTORY = 64
 NEIGHBOURS = 50
+LARGE_NEIGHBOURS = 10
 EVENTS = 40
 PAGE_SIZE = 20
 SHOPPERS = 200
+HANDLED = "grpc_server_handled_total{"
+OK = 'grpc_server_handled_total{grpc_code="OK",grpc_method="Recommend"'
+SCORED = 'shopkeeper_recommend_seconds_sum{stage="score"}'
+SWAPS = "shopkeeper_recommend_model_swaps_total"
 STREAMS = 4
 OPEN_LOOP_RATE = 500
+LARGE = 50_000
+"""Items beyond which the open loop asks 50 times a second, and 10 neighbours an item are counted."""
+LARGE_OPEN_LOOP_RATE = 50
+MOST_CATALOGUED = 1_000_000
+"""Items beyond which the catalogue describes none: its records alone would be gigabytes."""
 
 _TRANSFORMER = """
 import sys
@@ -91,21 +106,28 @@ def item_id(number: int) -> str:
 def publish(home: Path, items: int) -> str:
     """Publishes the bundle; returns what its encoder is."""
     random = np.random.default_rng(1)
-    centres = random.normal(size=(max(20, items // 100), DIMENSION))
-    cluster_I = random.integers(0, len(centres), items)
-    vectors_ID = (centres[cluster_I] + 0.7 * random.normal(size=(items, DIMENSION))) / 4
-    neighbours_IN = np.sort(random.integers(0, items, (items, NEIGHBOURS)), axis=1).astype(np.int32)
+    centres = random.normal(size=(max(20, items // 100), DIMENSION)).astype(np.float32)
+    vectors_ID = np.empty((items, DIMENSION), np.float32)
+    # In pieces: the random numbers of ten million items would take more memory than the items.
+    for start in range(0, items, 500_000):
+        piece_ND = vectors_ID[start : start + 500_000]
+        piece_ND[:] = 0.7 * random.standard_normal(piece_ND.shape, dtype=np.float32)
+        piece_ND += centres[random.integers(0, len(centres), len(piece_ND))]
+        piece_ND /= 4
+    neighbours = NEIGHBOURS if items <= LARGE else LARGE_NEIGHBOURS
+    neighbours_IN = random.integers(0, items, (items, neighbours), dtype=np.int32)
+    neighbours_IN.sort(axis=1)
     encoder_bytes, name = encoder_of(home)
     version = write_bundle(
         Registry(home / "registry"),
         "main",
         arrays={
-            "item_vectors": vectors_ID.astype(np.float32),
+            "item_vectors": vectors_ID,
             "item_bias": np.zeros(items, np.float32),
             "popularity": (1e4 / np.arange(1, items + 1)).astype(np.float32),
-            "cooccurrence_indptr": np.arange(items + 1, dtype=np.int64) * NEIGHBOURS,
+            "cooccurrence_indptr": np.arange(items + 1, dtype=np.int64) * neighbours,
             "cooccurrence_indices": neighbours_IN.ravel(),
-            "cooccurrence_weights": random.random(items * NEIGHBOURS).astype(np.float32) / NEIGHBOURS,
+            "cooccurrence_weights": random.random(items * neighbours, dtype=np.float32) / neighbours,
         },
         vocabulary=[item_id(number) for number in range(items)],
         encoder_bytes=encoder_bytes,
@@ -129,10 +151,11 @@ class BenchProfile(FakeProfile):
 
     def WatchItems(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         if not request.resume_token:
-            for start in range(0, self._count, 1000):
+            catalogued = self._count if self._count <= MOST_CATALOGUED else 0
+            for start in range(0, catalogued, 1000):
                 yield catalog_service_pb2.WatchItemsResponse(
                     reset=start == 0,
-                    upserted=[record(n) for n in range(start, min(self._count, start + 1000))],
+                    upserted=[record(n) for n in range(start, min(catalogued, start + 1000))],
                 )
         while context.is_active() and self._running:
             yield catalog_service_pb2.WatchItemsResponse(snapshot_complete=True, watermark=b"1")
@@ -294,32 +317,58 @@ class Bench:
         )  # fmt: skip
         assert self.profile.stdout is not None
         profile_port = int(self.profile.stdout.readline())
-        self.log = home / "server.log"
-        environment = {
+        self.environment = {
             **os.environ,
             "SHOPKEEPER_HOME": str(home),
-            "SHOPKEEPER_LISTEN": "127.0.0.1:0",
             "SHOPKEEPER_PROFILE_ADDRESS": f"127.0.0.1:{profile_port}",
+            "SHOPKEEPER_SHARED_PORT": "true",
         }
+        self.port, self.servers, self.metrics_ports = free_port(), [], []
         started = time.perf_counter()
-        with self.log.open("wb") as stream:
-            self.server = subprocess.Popen(
-                [sys.executable, "-m", "services.recommend"], cwd=REPOSITORY, env=environment, stderr=stream
-            )
-        while "recommend ready on 127.0.0.1:" not in (text := self.log.read_text()):
-            if self.server.poll() is not None or time.perf_counter() - started > 120:
-                raise SystemExit(f"the server did not start:\n{text}")
-            time.sleep(0.01)
-        self.port = int(text.partition("recommend ready on 127.0.0.1:")[2].split('"')[0])
+        self.add_server()
+        self.server = self.servers[0]
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         self.stub = recommend_service_pb2_grpc.RecommendServiceStub(self.channel)
         self.stub.Recommend(request_of(0), timeout=30, wait_for_ready=True)
         self.start_seconds = time.perf_counter() - started
         while self.stub.Recommend(request_of(0), timeout=30).degraded:
-            time.sleep(0.05)
+            time.sleep(0.05 if items <= LARGE else 1.0)
         self.complete_seconds = time.perf_counter() - started
         self.load = (H2Load if shutil.which("h2load") else PythonLoad)(self.port, home)
-        self._process = psutil.Process(self.server.pid)
+
+    def add_server(self) -> None:
+        """Starts one more process on the port, and waits until it listens."""
+        metrics_port, started = free_port(), time.perf_counter()
+        log = self.home / f"server-{len(self.servers)}.log"
+        environment = {
+            **self.environment,
+            "SHOPKEEPER_LISTEN": f"127.0.0.1:{self.port}",
+            "SHOPKEEPER_METRICS_PORT": str(metrics_port),
+        }
+        with log.open("wb") as stream:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "services.recommend"], cwd=REPOSITORY, env=environment, stderr=stream
+            )
+        self.servers.append(server)
+        self.metrics_ports.append(metrics_port)
+        while "recommend ready on 127.0.0.1:" not in (text := log.read_text()):
+            if server.poll() is not None or time.perf_counter() - started > 900:
+                raise SystemExit(f"the server did not start:\n{text}")
+            time.sleep(0.01)
+
+    def metric(self, name: str) -> float:
+        """Returns the sum of a metric over the servers, its labels written as Prometheus writes them."""
+        total = 0.0
+        for port in self.metrics_ports:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                for line in page.read().decode().splitlines():
+                    if line.startswith(name):
+                        total += float(line.rpartition(" ")[2])
+        return total
+
+    def cpu_seconds(self) -> float:
+        times = [psutil.Process(server.pid).cpu_times() for server in self.servers]
+        return sum(one.user + one.system for one in times)
 
     def warm(self) -> int:
         """Asks once for every shopper; returns the bytes of the shortest answer."""
@@ -334,19 +383,42 @@ class Bench:
     def measure(
         self, requests: list[pb.RecommendRequest], seconds: float, shortest: int, rate: float | None = None
     ) -> dict[str, float]:
-        before = self._process.cpu_times()
+        before, answered, scored = self.cpu_seconds(), self.metric(OK), self.metric(SCORED)
         achieved, took, traffic = self.load.run(requests, seconds, rate)
-        after = self._process.cpu_times()
-        if traffic < 0.9 * shortest * len(took):
+        used, answered = self.cpu_seconds() - before, self.metric(OK) - answered
+        if shortest and traffic < 0.9 * shortest * len(took):
             raise SystemExit("answers are missing: some calls failed")
-        used = after.user + after.system - before.user - before.system
         took.sort()
         return {
             "rate": round(achieved, 1),
+            "good_rate": round(answered / seconds, 1),
             "cpu_ms": round(1e3 * used / len(took), 3),
+            "score_ms": round(1e3 * (self.metric(SCORED) - scored) / max(1.0, answered), 3),
             "p50_ms": round(statistics.median(took), 2),
             "p99_ms": round(took[int(len(took) * 0.99)], 2),
         }
+
+    def while_swapping(self, requests: list[pb.RecommendRequest], rate: float) -> dict[str, float]:
+        """As `measure`, with two versions that take turns once a second."""
+        registry = Registry(self.home / "registry")
+        first = registry.alias("main", "production").version  # type: ignore[union-attr]
+        publish(self.home, self.items)
+        second = registry.alias("main", "production").version  # type: ignore[union-attr]
+        swaps, seconds = self.metric(SWAPS), 6.0
+        failed = self.metric(HANDLED) - self.metric(OK)
+
+        def swap() -> None:
+            for n in range(5):
+                time.sleep(1.0)
+                point(self.home / "registry", (first, second)[n % 2])
+
+        swapper = threading.Thread(target=swap)
+        swapper.start()
+        measured = self.measure(requests, seconds, 0, rate)
+        swapper.join()
+        measured["swaps"] = self.metric(SWAPS) - swaps
+        measured["failed"] = self.metric(HANDLED) - self.metric(OK) - failed
+        return measured
 
     def recall_at_100(self, shoppers: int = 20) -> float:
         """Returns the share of the 100 best items, by the formula over the whole catalogue, that are found."""
@@ -373,14 +445,22 @@ class Bench:
 
     def close(self) -> None:
         self.channel.close()
-        self.server.terminate()
+        for server in self.servers:
+            server.terminate()
         assert self.profile.stdin is not None
         self.profile.stdin.close()
-        for process in (self.server, self.profile):
+        for process in (*self.servers, self.profile):
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def environment() -> dict[str, Any]:
@@ -412,13 +492,29 @@ def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
     yield "cpu_ms_per_request_ids_only", bench.measure(ids_only, seconds / 2, 0)["cpu_ms"]
     explained = [request_of(shopper, include_explanations=True) for shopper in range(4)]
     yield "cpu_ms_per_request_with_reasons", bench.measure(explained, seconds / 2, shortest)["cpu_ms"]
-    opened = bench.measure(requests, seconds, shortest, OPEN_LOOP_RATE)
+    rate = OPEN_LOOP_RATE if bench.items <= LARGE else LARGE_OPEN_LOOP_RATE
+    opened = bench.measure(requests, seconds, shortest, rate)
     yield "open_loop_requests_per_second", opened["rate"]
     yield "open_loop_cpu_ms_per_request", opened["cpu_ms"]
     yield "p50_ms", opened["p50_ms"]
     yield "p99_ms", opened["p99_ms"]
+    yield "encode_and_search_ms", opened["score_ms"]
     yield "recall_at_100", round(bench.recall_at_100(), 4)
     yield "rss_mb", round(psutil.Process(bench.server.pid).memory_info().rss / 1e6)
+    if bench.items <= LARGE:
+        swapping = bench.while_swapping(requests, rate)
+        yield "swaps", int(swapping["swaps"])
+        yield "swap_failed_calls", int(swapping["failed"])
+        yield "swap_p99_ms", swapping["p99_ms"]
+        peak = max(one["good_rate"] for one in closed)
+        twice = bench.measure(requests, seconds, 0, 2 * peak)
+        yield "overload_offered_per_second", 2 * peak
+        yield "overload_goodput_share_of_peak", round(twice["good_rate"] / peak, 3)
+        bench.add_server()
+        bench.measure(requests * 2, 1.0, 0)
+        double = max((bench.measure(requests * 2, seconds, 0) for _ in range(2)), key=lambda one: one["rate"])
+        yield "two_processes_requests_per_second", double["rate"]
+        yield "two_processes_cpu_ms_per_request", double["cpu_ms"]
     yield "environment", environment()
 
 
