@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-quality verify-crash verify-overload clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-quality verify-crash verify-overload clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench-ingest: $(INSTALLED)  ## How fast events come in, beside a bare COPY
 
 bench-serve: $(INSTALLED)  ## How fast recommendations are served, and what one costs (ITEMS=12000)
 	python -m tests.benchmarks.bench_serve --items $(or $(ITEMS),12000)
+
+bench-freshness: $(INSTALLED)  ## How long until what a shopper did changes what they are shown
+	python -m tests.benchmarks.bench_freshness
 
 verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are killed at every step
 	SHOPKEEPER_CRASH_EVENTS=100000 pytest -q -s --timeout 1800 tests/feedback/test_crash_sweep.py
