@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -21,6 +22,8 @@ from tests.recommend.shop import Shop, causes, eventually, ids, item, point
 from tests.recommend.test_service import IDS, VECTORS, MakeShop, recommend
 
 VIEW = EventKind.ITEM_VIEW
+# `make verify-swaps` makes 1,000.
+SWAPS = int(os.environ.get("SHOPKEEPER_SWAPS", "100"))
 
 
 @pytest.fixture
@@ -200,14 +203,14 @@ class TestModels:
             thread.start()
         state = shop.service.models.state  # type: ignore[union-attr]
         before = state().swap_count
-        for swap in range(100):
+        for swap in range(SWAPS):
             version = order[(swap + 1) % len(order)]
             point(shop.registry, version)
             eventually(lambda version=version: state().version == version)
         done.set()
         for thread in threads:
             thread.join()
-        assert state().swap_count - before == 100
+        assert state().swap_count - before == SWAPS
         assert all(count > 0 for count in answered)
         assert failed == []
         assert mixed == []
