@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-quality verify-crash verify-overload verify-swaps verify-chaos verify-bundles clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-quality verify-crash verify-overload verify-swaps verify-chaos verify-bundles clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -63,6 +63,9 @@ verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are k
 
 verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and without admission control
 	python -m tests.benchmarks.bench_overload
+
+bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue are (EVENTS=1000000)
+	python -m tests.benchmarks.bench_profile --events $(or $(EVENTS),1000000)
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))
