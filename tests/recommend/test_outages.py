@@ -248,6 +248,16 @@ class TestModels:
         shutil.move(away, path)
         eventually(lambda: recommend(shop).model.version == version)
 
+    def test_a_rollback_needs_nothing_but_the_alias(self, shop: Shop) -> None:
+        """The version before is still in memory, and serves though its files are gone."""
+        first = recommend(shop).model.version
+        before = [entry.score for entry in recommend(shop, page_size=7).items]
+        shop.publish(IDS, VECTORS, popularity=[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0])
+        shutil.rmtree(Registry(shop.registry).version_path("main", first))
+        point(shop.registry, first)
+        eventually(lambda: recommend(shop).model.version == first, 1.0)
+        assert [entry.score for entry in recommend(shop, page_size=7).items] == before
+
     def test_a_rollback_takes_effect(self, shop: Shop) -> None:
         first = recommend(shop).model.version
         shop.publish(IDS, VECTORS)
