@@ -19,11 +19,18 @@ from pathlib import Path
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from prometheus_client import Gauge
 
 import shared
 from shared.errors import FailedPrecondition
 from shared.watched import Watched
 
+_EXPIRES = Gauge(
+    "shopkeeper_tls_certificate_expires_timestamp_seconds",
+    "End of validity of the certificate in use, seconds since 1970.",
+    # A label, so that nothing is told where there is no certificate.
+    ["certificate"],
+)
 FILES = ("tls.crt", "tls.key", "ca.crt")
 
 
@@ -104,6 +111,7 @@ def read_key_pair(directory: Path) -> KeyPair:
     # Both files change one after the other: between, they do not fit.
     if key.public_key().public_bytes(*form) != certificate.public_key().public_bytes(*form):
         raise _unusable(directory, "tls.key is not the key of tls.crt")
+    _EXPIRES.labels(directory.name).set(certificate.not_valid_after_utc.timestamp())
     return KeyPair(
         contents["tls.crt"],
         contents["tls.key"],
@@ -127,9 +135,12 @@ def require_tls_1_3() -> None:
 
 
 def is_loopback(address: str) -> bool:
-    """Returns whether `host:port` is reached from this machine alone."""
+    """Returns whether `host:port`, or each of gRPC's `ipv4:host:port,host:port`, is reached from this machine alone."""
     if address.startswith("unix:"):
         return True
+    for scheme in ("ipv4:", "ipv6:"):
+        if address.startswith(scheme):
+            return all(is_loopback(each) for each in address.removeprefix(scheme).split(","))
     host = address.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True

@@ -1,4 +1,4 @@
-"""Runs the feedback service: `python -m services.feedback [serve|migrate]`."""
+"""Runs the feedback service: `python -m services.feedback [serve|migrate|finish-erasures]`."""
 
 from __future__ import annotations
 
@@ -60,8 +60,6 @@ from shared.tokens import TokenSigner
 
 SERVICE = "feedback"
 STARTUP_PATIENCE_SECONDS = 60.0
-ERASURE_CHECK_SECONDS = 30.0
-ERASURE_GRACE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,17 +223,13 @@ def _watch_database(
     feedback: Feedback, server: GrpcServer, telemetry: Telemetry, stopped: threading.Event
 ) -> None:
     """Tells load balancers while the log cannot be reached, and completes erasures that were cut short."""
-    ready, finish_at, minimum_age_seconds = True, 0.0, 0.0
-    while not stopped.wait(1.0 if finish_at else 0.0):
+    ready, erasures_finished = True, False
+    while not stopped.wait(1.0 if erasures_finished else 0.0):
         try:
-            if time.monotonic() >= finish_at:
-                if count := feedback.people.finish_erasures(minimum_age_seconds):
+            if not erasures_finished:
+                if count := feedback.people.finish_erasures():
                     telemetry.logger.info("erasures completed", count=count)
-                # Those of before this start at once; later ones only when whoever began them must have given up.
-                finish_at, minimum_age_seconds = (
-                    time.monotonic() + ERASURE_CHECK_SECONDS,
-                    ERASURE_GRACE_SECONDS,
-                )
+                erasures_finished = True
             with feedback.database.connect() as connection:
                 connection.execute("SELECT 1")
             reachable = True
@@ -255,6 +249,16 @@ def _stop_broken(experiments: RunExperiments) -> bool:
     return bool(stopped)
 
 
+def finish_erasures(settings: FeedbackSettings) -> None:
+    """Erases whoever has a tombstone that is not completed: after a restore, before anything is served."""
+    database = Database(resolve_url(settings), schema=SERVICE, pool_size=2)
+    try:
+        people = PostgresPeople(database, TextCipher(read_secret(settings.keys_path, "master_key")))
+        print(f"{people.finish_erasures()} erasures completed")
+    finally:
+        database.close()
+
+
 def main() -> None:
     """Dispatches on the command."""
     command = sys.argv[1] if len(sys.argv) > 1 else "serve"
@@ -263,8 +267,12 @@ def main() -> None:
     elif command == "migrate":
         settings = load_settings(FeedbackSettings)
         migrate(resolve_url(settings), SERVICE)
+    elif command == "finish-erasures":
+        finish_erasures(load_settings(FeedbackSettings))
     else:
-        raise FailedPrecondition("USAGE", f"Unknown command {command!r}; use serve or migrate.")
+        raise FailedPrecondition(
+            "USAGE", f"Unknown command {command!r}; use serve, migrate or finish-erasures."
+        )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ _FOLDED = Counter("shopkeeper_profile_folded_events_total", "Lines of events rea
 _HOT = Gauge("shopkeeper_profile_hot_users", "Shoppers in memory.")
 _MISSES = Counter("shopkeeper_profile_misses_total", "Shoppers that had to be loaded from the log.")
 _WATCHERS = Gauge("shopkeeper_profile_watchers", "Open streams.", ["stream"])
+_ALERTS = Counter("shopkeeper_profile_churn_alerts_total", "Shoppers found more likely to leave than before.")
 
 
 class PrometheusMetrics:
@@ -47,3 +48,7 @@ class PrometheusMetrics:
     def watchers(self, stream: str, count: int) -> None:
         """See `Metrics.watchers`."""
         _WATCHERS.labels(stream).set(count)
+
+    def alerted(self, user_count: int) -> None:
+        """See `Metrics.alerted`."""
+        _ALERTS.inc(user_count)

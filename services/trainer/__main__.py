@@ -12,12 +12,18 @@ from datetime import UTC, datetime
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 from services.trainer.clock import next_run_at
+from services.trainer.metrics import RunMetrics
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.scheduler import Scheduler
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
-from services.trainer.storage import DirectoryRegistry, PostgresRunStore, PostgresScheduleStore
+from services.trainer.storage import (
+    DirectoryRegistry,
+    PostgresRunOverview,
+    PostgresRunStore,
+    PostgresScheduleStore,
+)
 from services.trainer.supervisor import Supervisor
 from services.trainer.use_cases import Models, PrivacyBudgets, Schedules, TrainingRuns
 from shared.bundle import Registry
@@ -67,6 +73,8 @@ class Trainer:
             max_queued=settings.max_queued_runs,
         )
         schedules = Schedules(schedule_store, next_run_at=next_run_at, now=lambda: datetime.now(UTC))
+        self.metrics = RunMetrics(PostgresRunOverview(self.database), ledger)
+        self.metrics.register()
         budgets = PrivacyBudgets(ledger, required=settings.privacy_required)
         servicer = TrainerServicer(runs, models, schedules, budgets, signer)
         self.server = GrpcServer(
@@ -96,6 +104,7 @@ class Trainer:
         self.scheduler.stop()
         self.supervisor.stop()
         self.server.stop(0)
+        self.metrics.unregister()
         self.database.close()
 
     def _wait(self, seconds: float) -> None:

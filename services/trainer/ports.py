@@ -12,6 +12,7 @@ from services.trainer.domain.runs import (
     Model,
     ModelVersion,
     Progress,
+    RunCount,
     RunState,
     Task,
     TrainingConfig,
@@ -123,3 +124,11 @@ class RunStarter(Protocol):
 
     def wake(self) -> None:
         """Says that there is something to start or to stop."""
+
+
+class RunOverview(Protocol):
+    """What became of all runs."""
+
+    def counts(self) -> Sequence[RunCount]:
+        """Returns the runs by model, state, verdict and cause; raises Unavailable."""
+        ...

@@ -33,6 +33,7 @@ def prepare_secrets(directory: Path, password_file: Path, *, database: str, host
         if not password_file.exists():
             # Readable by others: the volume that it lies in is mounted by the database alone.
             _write(password_file, secrets.token_urlsafe(32), 0o444)
+            password_file.parent.chmod(0o755)
         login, _, place = database.partition("@")
         url = f"postgresql://{login}:{password_file.read_text().strip()}@{place}"
         _write(directory / "DATABASE_URL", url, 0o400)

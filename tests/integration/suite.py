@@ -62,6 +62,7 @@ class Suite:
     database_url: str
     keys: Path
     ports: dict[str, int] = field(default_factory=lambda: {name: free_port() for name in SERVICES})
+    metrics_ports: dict[str, int] = field(default_factory=lambda: {name: free_port() for name in SERVICES})
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     channels: dict[str, grpc.Channel] = field(default_factory=dict)
 
@@ -82,6 +83,7 @@ class Suite:
                 "SHOPKEEPER_HOME": str(self.home),
                 "SHOPKEEPER_KEYS": str(self.keys),
                 "SHOPKEEPER_LISTEN": f"127.0.0.1:{self.ports[name]}",
+                "SHOPKEEPER_METRICS_PORT": str(self.metrics_ports[name]),
                 "SHOPKEEPER_LOG_LEVEL": "info",
                 "DATABASE_URL": self.database_url,
                 **{f"SHOPKEEPER_{n.upper()}_ADDRESS": f"127.0.0.1:{p}" for n, p in self.ports.items()},

@@ -231,7 +231,8 @@ def test_another_machine_is_not_called_in_plain_text() -> None:
     ("address", "loopback"),
     [
         ("127.0.0.1:1", True), ("127.8.8.8:1", True), ("[::1]:1", True), ("localhost:1", True), ("unix:/x", True),
-        ("0.0.0.0:1", False), ("[::]:1", False), ("localhost.evil.test:1", False), ("128.0.0.1:1", False),
+        ("0.0.0.0:1", False), ("[::]:1", False), ("localhost.evil.test:1", False), ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False), ("ipv6:[::1]:1,[::1]:2", True), ("dns:///127.0.0.1.evil.test:1", False), ("128.0.0.1:1", False),
     ],
 )  # fmt: skip
 def test_loopback_is_recognised(address: str, loopback: bool) -> None:

@@ -273,4 +273,5 @@ class ChurnWatch:
         self._scores = Scores(version, shoppers)
         packed = shoppers.key_K.tobytes()
         keys = [packed[at : at + 16] for at in range(0, len(packed), 16)]
-        self._alerts.record(keys, shoppers.probability_K.tolist(), model.horizon_days, version)
+        risen = self._alerts.record(keys, shoppers.probability_K.tolist(), model.horizon_days, version)
+        self._metrics.alerted(risen)

@@ -22,6 +22,11 @@ EVENT_LAG_SECONDS = Histogram(
 MODEL_INFO = Gauge(
     "shopkeeper_recommend_model_info", "1 for the model version in service.", ["model", "version"]
 )
+MODEL_CREATED = Gauge(
+    "shopkeeper_recommend_model_created_timestamp_seconds",
+    "When the model version in service was trained, seconds since 1970.",
+    ["model"],
+)
 BUNDLE_REFUSED = Counter(
     "shopkeeper_recommend_bundle_refused_total",
     "Versions that were not put into service, by why.",
@@ -31,15 +36,6 @@ CONFIGURATION_REFUSED = Counter(
     "shopkeeper_recommend_configuration_refused_total",
     "Documents of serving configs and rules that were left out, by kind.",
     ["kind"],
-)
-SHADOW_OVERLAP = Histogram(
-    "shopkeeper_recommend_shadow_overlap",
-    "Share of a page that a shadow model has too, by serving config.",
-    ["serving_config"],
-    buckets=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-)
-SHADOW_SKIPPED = Counter(
-    "shopkeeper_recommend_shadow_skipped_total", "Comparisons that were not made, by why.", ["cause"]
 )
 MODEL_SWAPS = Counter("shopkeeper_recommend_model_swaps_total", "Versions that were put into service.")
 

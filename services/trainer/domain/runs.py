@@ -273,3 +273,22 @@ def check_name(name: str, field_name: str, default: str) -> str:
             "INVALID_REQUEST", f"{field_name} {problem}", {}, [FieldViolation(field_name, problem)]
         )
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class RunCount:
+    """Runs of one kind.
+
+    Attributes:
+        verdict: the gate's, or empty where none was reached.
+        by_drift: whether a schedule started them because behaviour had drifted.
+        count: how many.
+        last_end_seconds: end of the latest, seconds since 1970; 0 where none has ended.
+    """
+
+    model: str
+    state: str
+    verdict: str
+    by_drift: bool
+    count: int
+    last_end_seconds: float
