@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-quality verify-crash verify-overload clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-quality verify-crash verify-overload verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -73,6 +73,12 @@ verify-deploy: $(INSTALLED)  ## Judge deploy/ and the Dockerfiles: schemas, chec
 	@test -x $(DEPLOY)/bin/checkov || ($(PYTHON) -m venv $(DEPLOY) && $(DEPLOY)/bin/pip install --quiet --require-hashes -r requirements/deploy.txt)
 	pytest -q tests/deploy
 	./deploy/verify.sh $(DEPLOY)/bin
+
+drill: $(INSTALLED)  ## Lose the disk, restore, erase the erased again, serve
+	pytest -q -s tests/deploy/test_restore.py
+
+release: $(INSTALLED)  ## Wheel, bills of materials, licences, changelog and images of this commit (VERSION=)
+	@$(if $(VERSION),,$(error say VERSION=))./deploy/release.sh $(VERSION)
 
 clean:  ## Remove what was made, but not the data of a running suite
 	rm -rf $(VENV) $(DEPLOY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo
