@@ -74,7 +74,7 @@ def check_name(name: str, field: str) -> str:
     Raises:
         InvalidInput: it does not match `^[a-z0-9][a-z0-9_-]{0,62}$`. Nothing else ever becomes a path.
     """
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         problem = f"must match {NAME.pattern}: lower-case letters, digits, - and _, at most 63."
         raise InvalidInput("INVALID_REQUEST", f"{field} {problem}", {}, [FieldViolation(field, problem)])
     return name

@@ -3,9 +3,14 @@
     <root>/<model>/<version>/manifest.json …       a version: complete, or not there
     <root>/<model>/.staging-<version>/             a version being written
     <root>/<model>/aliases/<alias>.json            where an alias points, and has pointed
+    <root>/<model>/.fence                          the greatest number of a publisher so far
 
 A version appears by one rename and never changes. An alias changes by one
 rename; two who change it at once are put in order by a lock on the directory.
+
+Publishers that hold a lease bring the number that came with it (a fencing token). The greatest one is kept here,
+and whoever comes with a smaller one is refused, under the same lock as the rename: a process that slept through
+the end of its lease changes nothing, whatever it believes.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ PRODUCTION = "production"
 STAGING_PREFIX = ".staging-"
 MAX_ALIAS_CHANGES = 100
 ALIASES = "aliases"
+FENCE = ".fence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,7 @@ class Registry:
         if not directory.is_dir():
             return []
         names = sorted(
-            path.stem for path in directory.iterdir() if path.suffix == ".json" and NAME.match(path.stem)
+            path.stem for path in directory.iterdir() if path.suffix == ".json" and NAME.fullmatch(path.stem)
         )
         return [state for name in names if (state := self.alias(model, name)) is not None]
 
@@ -167,17 +173,19 @@ class Registry:
         reason: str,
         comment: str = "",
         expected_current: str | None = None,
+        fence: int | None = None,
         now: datetime | None = None,
     ) -> AliasState:
         """Points an alias at a version and returns its state; does nothing where it points there already.
 
         Args:
             expected_current: where the caller believes it to point; None does not check.
+            fence: as of `fenced`.
             now: defaults to the system's clock.
 
         Raises:
             NotFound: there is no such version.
-            Aborted: it points elsewhere than `expected_current`.
+            Aborted: it points elsewhere than `expected_current`, or LEASE_LOST.
             OSError: the disk refuses; the alias is as it was.
         """
         directory = self.version_path(model, version)
@@ -187,7 +195,7 @@ class Registry:
                 f"Model {model} has no version {version}; ListModelVersions names those it has.",
                 {"model": model, "version": version},
             )
-        with self._alias_lock(model):
+        with self.fenced(model, fence), self._alias_lock(model):
             current = self.alias(model, alias)
             _check_expected(model, alias, current, expected_current)
             if current is not None and current.version == version:
@@ -243,6 +251,45 @@ class Registry:
             )
             return self._write_alias(model, alias, current, target, before, "ROLLED_BACK", comment, now)
 
+    def raise_fence(self, model: str, fence: int) -> None:
+        """Refuses publishers with smaller numbers from now on.
+
+        Raises:
+            Aborted: LEASE_LOST: a greater number has been here.
+            OSError: the disk refuses; the fence is as it was.
+        """
+        (self.root / check_name(model, "model")).mkdir(parents=True, exist_ok=True)
+        with self.fenced(model, fence):
+            write_atomically(self.root / model / FENCE, f"{fence}\n".encode())
+
+    @contextmanager
+    def fenced(self, model: str, fence: int | None) -> Iterator[None]:
+        """Holds the model's lock while a publisher changes something; None, for who has no lease, checks nothing.
+
+        Raises:
+            Aborted: LEASE_LOST: a greater number has been here.
+            DataLoss: the fence cannot be understood.
+        """
+        if fence is None:
+            yield
+            return
+        directory = self.root / check_name(model, "model")
+        with _lock(directory):
+            try:
+                greatest = int((directory / FENCE).read_text())
+            except FileNotFoundError:
+                greatest = 0
+            except ValueError as error:
+                raise damaged(directory, FENCE, "it is no number") from error
+            if fence < greatest:
+                raise Aborted(
+                    "LEASE_LOST",
+                    f"Another process has taken the publishing lease of model {model}; nothing was changed. Start the "
+                    "run again.",
+                    {"model": model},
+                )
+            yield
+
     def remove_abandoned_staging(self, model: str) -> list[str]:
         """Removes what interrupted writers left and returns its names.
 
@@ -282,12 +329,18 @@ class Registry:
     def _alias_lock(self, model: str) -> Iterator[None]:
         directory = self.root / check_name(model, "model") / ALIASES
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with _lock(directory):
             yield
-        finally:
-            os.close(descriptor)
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -317,7 +370,7 @@ def fsync_directory(directory: Path) -> None:
 def _names_in(directory: Path) -> list[str]:
     try:
         return sorted(
-            entry.name for entry in os.scandir(directory) if NAME.match(entry.name) and entry.is_dir()
+            entry.name for entry in os.scandir(directory) if NAME.fullmatch(entry.name) and entry.is_dir()
         )
     except FileNotFoundError:
         return []

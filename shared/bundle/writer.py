@@ -46,6 +46,7 @@ def write_bundle(
     attachments: Mapping[str, bytes],
     signing_key: Ed25519PrivateKey,
     before_publish: Callable[[], None] | None = None,
+    fence: int | None = None,
     now: datetime | None = None,
 ) -> str:
     """Publishes a version and returns its id.
@@ -57,12 +58,13 @@ def write_bundle(
         manifest_fields: `encoder`, `scoring`, `hyper_parameters`, `data`, `metrics`, `baselines`,
             `gate`, `code_version` and whatever else; the writer adds the rest.
         attachments: further files by name, such as card.md and charts.
-        before_publish: called when all is on disk, just before the rename; raising stops it. The place
-            to check a lease.
+        before_publish: called when all is on disk, just before the rename; raising stops it.
+        fence: the number that came with the publisher's lease, see `Registry.fenced`.
         now: defaults to the system's clock.
 
     Raises:
         ValueError, DataLoss: what was given does not make a bundle that would load.
+        Aborted: LEASE_LOST: another publisher has taken the lease since.
         OSError: the disk refuses. Nothing is left behind.
     """
     now = now or datetime.now(UTC)
@@ -100,7 +102,8 @@ def write_bundle(
         load_bundle(staging, signing_key.public_key(), expected_name=(model, version))
         if before_publish is not None:
             before_publish()
-        os.rename(staging, registry.version_path(model, version))
+        with registry.fenced(model, fence):
+            os.rename(staging, registry.version_path(model, version))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import psycopg
 import pytest
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
+from services.trainer.storage import PublishingLease
 from shared.bundle import Bundle, Registry, history_from_events, load_bundle, write_bundle
 from shared.bundle.history import encoder_inputs
 from shared.errors import ShopkeeperError
@@ -315,3 +317,26 @@ def test_a_run_without_a_heartbeat_is_started_anew_and_in_the_end_given_up(recor
         lambda: stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).state == State.STATE_FAILED
     )
     assert stub.GetTrainingRun(pb.GetTrainingRunRequest(run_id=run.run_id)).failure.reason == "INTERRUPTED"
+
+
+def test_each_holder_of_the_lease_gets_a_greater_number_and_a_lost_session_publishes_nothing(
+    record, start_trainer, database_url: str
+) -> None:
+    trainer, _ = start_trainer()
+    first, second = PublishingLease(trainer.database, "main"), PublishingLease(trainer.database, "main")
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    # The server ends the first one's session, as a network that is cut does; its process knows nothing of it.
+    with psycopg.connect(database_url) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND granted "
+            "AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+    eventually(second.try_acquire, 10)
+    assert second.fence > first.fence > 0
+    written = []
+    with pytest.raises(psycopg.OperationalError):
+        first.publish("run-x", 1, lambda: written.append("a version"))
+    assert written == []
+    first.close()
+    second.close()

@@ -267,7 +267,7 @@ def check_name(name: str, field_name: str, default: str) -> str:
         InvalidInput: it does not match `^[a-z0-9][a-z0-9_-]{0,62}$`.
     """
     name = name or default
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         problem = f"must match {NAME.pattern}: lower-case letters, digits, - and _, at most 63."
         raise InvalidInput(
             "INVALID_REQUEST", f"{field_name} {problem}", {}, [FieldViolation(field_name, problem)]

@@ -36,10 +36,11 @@ def train(work: Work) -> None:
     lease = PublishingLease(work.database, run.model)
     try:
         _acquire(lease, run, work.heart)
+        registry = Registry(settings.registry_path)
+        registry.raise_fence(run.model, lease.fence)
         events = work.read_log()
         attributes, why_none = work.read_catalogue()
         known = f"{len(attributes):,} items in the catalogue" if not why_none else f"no catalogue: {why_none}"
-        registry = Registry(settings.registry_path)
         served, incumbent = version_in_service(registry, work, signing_key.public_key())
         trained: TrainedModel | PrivateModel
         if run.config.differential_privacy is not None:
@@ -74,7 +75,7 @@ def train(work: Work) -> None:
         version = lease.publish(
             run.run_id,
             run.attempt,
-            lambda: _publish(registry, run, trained, served, signing_key, work.logger),
+            lambda: _publish(registry, run, trained, served, lease.fence, signing_key, work.logger),
         )
         if version is None:
             raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
@@ -140,6 +141,7 @@ def _publish(
     run: TrainingRun,
     trained: TrainedModel | PrivateModel,
     served: str,
+    fence: int,
     signing_key: Any,
     logger: Any,
 ) -> tuple[str, dict[str, Any], str | None]:
@@ -152,8 +154,10 @@ def _publish(
         manifest_fields={**trained.manifest_fields, "run_id": run.run_id},
         attachments=trained.attachments,
         signing_key=signing_key,
+        fence=fence,
     )
-    return version, trained.manifest_fields["gate"], _promote(registry, run, trained, version, served, logger)
+    why_not = _promote(registry, run, trained, version, served, fence, logger)
+    return version, trained.manifest_fields["gate"], why_not
 
 
 def _promote(
@@ -162,6 +166,7 @@ def _promote(
     trained: TrainedModel | PrivateModel,
     version: str,
     served: str,
+    fence: int,
     logger: Any,
 ) -> str | None:
     """Points the alias where the gate and the run allow it; returns why not, or None where it did."""
@@ -174,7 +179,7 @@ def _promote(
         # The verdict is about the version that served when the run began, and holds for no other.
         registry.set_alias(
             run.model, run.config.promote_alias, version, reason=cause, comment=f"run {run.run_id}",
-            expected_current=served,
+            expected_current=served, fence=fence,
         )  # fmt: skip
     except Aborted as error:
         return f"another version was promoted during the run. {error.message}"

@@ -15,8 +15,13 @@ from shared.database import Database
 class PublishingLease:
     """A model's lease: who holds it may publish. Ends with its connection, whatever happens to the process.
 
-    The lease is an advisory lock of a session of its own. It keeps two trainers apart; what keeps a stale
-    one from publishing is the run's row, which is locked and checked in the transaction that publishes.
+    The lease is an advisory lock of a session of its own. It keeps two trainers apart. What keeps a stale one from
+    publishing, which has lost its session and does not know it yet, is the number that came with the lease: the
+    registry refuses a smaller one than it has seen. The run's row is locked and checked besides, in the transaction
+    that publishes.
+
+    Attributes:
+        fence: greater than that of every holder before; 0 until the lease is taken.
     """
 
     def __init__(self, database: Database, model: str) -> None:
@@ -24,11 +29,16 @@ class PublishingLease:
         self._key = int.from_bytes(
             hashlib.sha256(f"trainer:{model}".encode()).digest()[:8], "big", signed=True
         )
+        self.fence = 0
 
     def try_acquire(self) -> bool:
         """Takes the lease; returns False where another session holds it."""
         row = self._connection.execute("SELECT pg_try_advisory_lock(%s)", (self._key,)).fetchone()
-        return bool(row and row[0])
+        if not (row and row[0]):
+            return False
+        row = self._connection.execute("SELECT nextval('publishing_fence')").fetchone()
+        self.fence = int(row[0]) if row else 0
+        return True
 
     def publish(self, run_id: str, attempt: int, write: Any) -> str | None:
         """Publishes while the run is known to be running, and marks it as succeeded in the same breath.
