@@ -58,6 +58,9 @@ verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))
 
+verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
+	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py
+
 protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
 

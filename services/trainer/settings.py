@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from shared.settings import Address, ServiceSettings
@@ -52,3 +54,8 @@ class TrainerSettings(ServiceSettings):
     drift_check_seconds: float = Field(
         300.0, gt=0, description="How often a schedule that trains on drift is measured."
     )
+
+
+def directory_of(home: Path, run_id: str) -> Path:
+    """Returns the directory of a run's own files: its log, its checkpoint, its curves."""
+    return home.resolve() / "runs" / run_id

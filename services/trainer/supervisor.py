@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from services.trainer.domain.runs import EXIT_INTERRUPTED, RunFailure, RunState, TrainingRun
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import TrainerSettings, directory_of
 from services.trainer.storage import PostgresRunStore, PublishingLease
 from shared.bundle import Registry
 from shared.database import Database
@@ -132,7 +132,7 @@ class Supervisor:
             "SHOPKEEPER_METRICS_PORT": "0",
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
-        log: Path | None = settings.home.resolve() / "runs" / f"{run.run_id}.log"
+        log: Path | None = directory_of(settings.home, run.run_id) / "run.log"
         with contextlib.ExitStack() as stack:
             output: Any = None
             try:
@@ -172,6 +172,7 @@ class Supervisor:
             if run is not None and run.attempt == child.run.attempt and not run.state.has_ended:
                 # A process that was stopped before it could listen for the signal died of it.
                 self._bury(run, EXIT_INTERRUPTED if self._stopping.is_set() else code, child.log)
+            self._remove_checkpoint(run_id)
             self._remove_staging(child.run.model)
             self._logger.info("run's process ended", run_id=run_id, exit_code=code)
 
@@ -182,11 +183,14 @@ class Supervisor:
         if run.state == RunState.CANCELLING:
             self._store.end(run.run_id, run.attempt, RunState.CANCELLED)
         elif code == EXIT_INTERRUPTED:
-            self._interrupted(run)
+            self._interrupted(run, "The trainer stopped")
+        elif code < 0 and self._checkpoint_of(run).exists() and run.attempt < self._settings.max_run_attempts:
+            # What it had learned is on disk: a run is worth more than its process.
+            self._interrupted(run, f"The run's process was killed by {_signal_name(-code)}")
         else:
             how = f"killed by {_signal_name(-code)}" if code < 0 else f"it exited with code {code}"
             hint = " The kernel does that when memory is short." if code == -signal.SIGKILL else ""
-            where = f" Its log is {log.name} in the trainer's home." if log else ""
+            where = f" Its log is runs/{log.parent.name}/{log.name} in the trainer's home." if log else ""
             message = (
                 f"The run's process ended before its work was done: {how}.{hint}{where} Start another run."
             )
@@ -205,11 +209,10 @@ class Supervisor:
                     return True
         return False
 
-    def _interrupted(self, run: TrainingRun) -> None:
+    def _interrupted(self, run: TrainingRun, what: str) -> None:
         if run.attempt < self._settings.max_run_attempts:
-            self._store.append_progress(
-                run.run_id, run.stage, "The trainer stopped; the run starts anew when it is back."
-            )
+            goes_on = "goes on from its checkpoint" if self._checkpoint_of(run).exists() else "starts anew"
+            self._store.append_progress(run.run_id, run.stage, f"{what}; the run {goes_on}.")
             self._store.requeue(run.run_id, run.attempt)
         else:
             message = f"The trainer stopped during each of {run.attempt} attempts. Start another run."
@@ -242,8 +245,17 @@ class Supervisor:
             if run.state == RunState.CANCELLING:
                 self._store.end(run.run_id, run.attempt, RunState.CANCELLED)
             else:
-                self._interrupted(run)
+                self._interrupted(run, "Nothing was heard of the run any more")
+            self._remove_checkpoint(run.run_id)
             self._remove_staging(run.model)
+
+    def _checkpoint_of(self, run: TrainingRun) -> Path:
+        return directory_of(self._settings.home, run.run_id) / "checkpoint"
+
+    def _remove_checkpoint(self, run_id: str) -> None:
+        run = self._store.get(run_id)
+        if run is not None and run.state.has_ended:
+            self._checkpoint_of(run).unlink(missing_ok=True)
 
     def _remove_staging(self, model: str) -> None:
         # Only with the lease in hand: another trainer's run of the model may be writing.

@@ -239,7 +239,7 @@ def test_a_killed_process_fails_the_run_and_a_cancelled_one_stops_and_nothing_is
     record, start_trainer, tmp_path: Path
 ) -> None:
     record(walk(users=300, items=60))
-    trainer, stub = start_trainer()
+    trainer, stub = start_trainer(max_run_attempts=1)
     # So many passes without patience that it would train for a minute.
     endless = training_run_pb2.TrainingConfig(
         size=training_run_pb2.TrainingConfig.SIZE_TINY,

@@ -34,6 +34,10 @@ class Budget:
         """Stops counting."""
         self._spent, self._started = self.spent, None
 
+    def charge(self, seconds: float) -> None:
+        """Counts what an earlier process spent on the same training."""
+        self._spent += seconds
+
     @property
     def spent(self) -> float:
         """Seconds spent."""

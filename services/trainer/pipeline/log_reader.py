@@ -45,6 +45,7 @@ def read_events(
     start_time: datetime | None = None,
     end_time: datetime | None = None,
     kinds: tuple[int, ...] = INTEREST_KINDS,
+    as_of: str = "",
 ) -> EventColumns:
     """Returns the training events of the log, in one snapshot, with the watermark of it.
 
@@ -52,6 +53,7 @@ def read_events(
         connection: not in a transaction; one is made and ended.
         start_time, end_time: of `occurred_at`; the start belongs to it, the end does not.
         kinds: of the events to read.
+        as_of: a `pg_snapshot`: only what it saw is read, less what was erased or withdrawn since; empty for now.
 
     Raises:
         psycopg.Error: the log cannot be read.
@@ -63,7 +65,7 @@ def read_events(
         row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
         if row is None:
             raise AssertionError("a SELECT without FROM has one row")
-        watermark = Watermark.parse_pg(row[0])
+        watermark = Watermark.parse_pg(as_of or row[0])
         # One pass over the log. The user key itself stays in the database: a number is all that training needs.
         connection.execute(
             "CREATE TEMP TABLE IF NOT EXISTS training_rows "
@@ -73,8 +75,9 @@ def read_events(
             "INSERT INTO training_rows SELECT user_key, item_id, kind, occurred_at, line "
             "FROM feedback.training_events_v1 WHERE kind = ANY(%s) "
             "AND occurred_at >= coalesce(%s, '-infinity'::timestamptz) "
-            "AND occurred_at < coalesce(%s, 'infinity'::timestamptz)",
-            (list(kinds), start_time, end_time),
+            "AND occurred_at < coalesce(%s, 'infinity'::timestamptz) "
+            "AND (%s = '' OR pg_visible_in_snapshot(xid, nullif(%s, '')::pg_snapshot))",
+            (list(kinds), start_time, end_time, as_of, as_of),
         )
         connection.execute(
             "CREATE TEMP TABLE training_items ON COMMIT DROP AS SELECT item_id, "

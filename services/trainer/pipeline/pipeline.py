@@ -18,6 +18,7 @@ from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
 from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.budget import Budget
+from services.trainer.pipeline.checkpoint import Checkpoints, fingerprint_of
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
     MIN_USERS,
@@ -173,6 +174,7 @@ def train_model(
     should_stop: Callable[[], bool] = lambda: False,
     code_version: str = "",
     incumbent: Bundle | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainedModel:
     """Cleans, splits, trains, measures, judges and exports.
 
@@ -182,6 +184,7 @@ def train_model(
         report: called with stage, message, and optionally step, epoch, loss, metrics, remaining_seconds.
         should_stop: asked often; true ends the run with Cancelled.
         incumbent: the version in service, which the new one must beat.
+        checkpoints: of the run; training goes on from there, and notes its passes.
 
     Raises:
         FailedPrecondition: TOO_LITTLE_DATA, DIVERGED or PARITY_BROKEN.
@@ -276,7 +279,9 @@ def train_model(
             remaining_seconds=rest.while_fitting(),
         )
 
-    best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step)
+    if checkpoints is not None:
+        checkpoints.belong_to(fingerprint_of(training, attributes, size.to_json(), seed, code_version))
+    best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints)
     budget.pause()
     check()
     popularity_I = popularity(training)

@@ -11,9 +11,10 @@ drawn alike for all tokens, a token's own targets left out, or are the whole cat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ import tensorflow as tf
 
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.budget import Budget
+from services.trainer.pipeline.checkpoint import Checkpoints, TrainingState
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
 from services.trainer.pipeline.packing import PackedRows, pack_for_encoding, pack_for_training
 from services.trainer.pipeline.schedule import Schedule, rows_of_step
@@ -289,6 +291,19 @@ class SequenceModel:
         for variable, value in zip([*self._tables, *self.dense], weights, strict=True):
             variable.assign(value)
 
+    def state(self) -> list[npt.NDArray[Any]]:
+        """Returns a copy of everything that training goes on from, the optimiser's too."""
+        return [variable.numpy().copy() for variable in self._everything()]
+
+    def restore(self, state: Sequence[npt.NDArray[Any]]) -> None:
+        """Restores what `state` returned."""
+        for variable, value in zip(self._everything(), state, strict=True):
+            variable.assign(value)
+
+    def _everything(self) -> list[tf.Variable]:
+        moments = [moment for pair in self._moments for moment in pair]
+        return [*self._tables, *self.dense, *moments, *self._averages, self.step_count]
+
     # ---- steps
 
     def step_of(self, rows: int) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
@@ -309,11 +324,22 @@ class PassRunner:
 
     def __init__(self, model: SequenceModel, histories: Histories, generator: np.random.Generator) -> None:
         self._model, self._histories, self._generator = model, histories, generator
-        self._packed = self._pack()
-        rows = len(self._packed.item_RT)
+        packed = self._pack()
+        self._packed: PackedRows | None = packed
+        rows = len(packed.item_RT)
         self.rows = rows_of_step(model.size, rows)
         self.steps_per_pass = max(1, -(-rows // self.rows))
         self._step = model.step_of(self.rows)
+
+    def go_on_from(self, generator_state: Mapping[str, Any]) -> None:
+        """Continues the generator's sequence where an earlier runner stood after a whole pass."""
+        self._generator.bit_generator.state = dict(generator_state)
+        self._packed = None
+
+    @property
+    def generator_state(self) -> Mapping[str, Any]:
+        """Where the generator stands, fit for JSON."""
+        return self._generator.bit_generator.state
 
     def _pack(self) -> PackedRows:
         size = self._model.size
@@ -330,8 +356,7 @@ class PassRunner:
             FailedPrecondition: DIVERGED: the loss is no longer a number.
         """
         model, rows = self._model, self.rows
-        packed, self._packed = self._packed, None  # type: ignore[assignment]
-        packed = packed or self._pack()
+        packed, self._packed = self._packed or self._pack(), None
         order = self._generator.permutation(len(packed.item_RT))
         negatives = 0 if model.full_softmax else model.size.negatives
         losses: list[tuple[tf.Tensor, tf.Tensor]] = []
@@ -389,6 +414,7 @@ def train(
     budget: Budget,
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda _done, _all: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[int, list[EpochReport]]:
     """Trains along the schedule, as long as validation improves; leaves the best averaged weights in the model.
 
@@ -400,6 +426,7 @@ def train(
         budget: of the time; the schedule is shortened to it once the first steps tell what a step takes.
         should_stop: ends training early, for a caller who gave up.
         on_step: is told (steps made, steps in all).
+        checkpoints: where to go on from, and where to note whole passes.
 
     Returns:
         The best pass, 1-based, and the reports of all.
@@ -410,6 +437,17 @@ def train(
     made, probed_at = 0, 0.0
     best, best_epoch, best_weights = -1.0, 0, model.weights()
     reports: list[EpochReport] = []
+    epoch = 0
+    if checkpoints is not None and (state := checkpoints.load()) is not None:
+        model.restore(state.weights)
+        best_weights = list(state.best_weights)
+        progress = state.progress
+        runner.go_on_from(progress["generator"])
+        schedule = schedule.shortened(progress["steps"])
+        made, epoch = progress["made"], progress["epoch"]
+        best, best_epoch = progress["best"], progress["best_epoch"]
+        reports = [EpochReport(**fields) for fields in progress["reports"]]
+        budget.charge(progress["spent"])
 
     def before_step() -> float | None:
         nonlocal schedule, probed_at
@@ -430,8 +468,7 @@ def train(
             model.average((made - 1) // runner.steps_per_pass)
         on_step(made, schedule.steps)
 
-    epoch = 0
-    while made < schedule.steps:
+    while made < schedule.steps and not (reports and _has_converged(size, schedule, epoch, best_epoch)):
         epoch += 1
         loss = runner.run(before_step, after_step)
         last = made >= schedule.steps or should_stop() or budget.fitting_must_end()
@@ -444,10 +481,32 @@ def train(
         step = int(model.step_count.numpy())
         reports.append(EpochReport(epoch, step, loss, score, budget.spent, runner.steps_per_pass))
         on_epoch(reports[-1])
-        if last or epoch - best_epoch >= max(size.patience, schedule.passes // 2):
+        # A pass that was cut short is not noted: an uninterrupted training would not have stood there.
+        if checkpoints is not None and not should_stop():
+            checkpoints.save(
+                TrainingState(
+                    model.state(),
+                    best_weights,
+                    {
+                        "generator": runner.generator_state,
+                        "steps": schedule.steps,
+                        "made": made,
+                        "epoch": epoch,
+                        "best": best,
+                        "best_epoch": best_epoch,
+                        "reports": [asdict(report) for report in reports],
+                        "spent": budget.spent,
+                    },
+                )
+            )
+        if last:
             break
     model.set_weights(best_weights)
     return best_epoch, reports
+
+
+def _has_converged(size: HyperParameters, schedule: Schedule, epoch: int, best_epoch: int) -> bool:
+    return epoch - best_epoch >= max(size.patience, schedule.passes // 2)
 
 
 def refit(

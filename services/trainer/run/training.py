@@ -70,6 +70,7 @@ def train(work: Work) -> None:
                 should_stop=work.heart.should_stop,
                 code_version=code_version(),
                 incumbent=incumbent,
+                checkpoints=work.checkpoints(),
             )
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
         version = lease.publish(

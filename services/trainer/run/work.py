@@ -14,11 +14,12 @@ import psycopg
 from services.trainer.clients import CatalogueClient
 from services.trainer.domain.hyper_parameters import HyperParameters, resolve
 from services.trainer.domain.runs import TrainingConfig, TrainingRun
+from services.trainer.pipeline.checkpoint import Checkpoints
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.log_reader import read_events
 from services.trainer.pipeline.pipeline import Plan, peak_resident_bytes
 from services.trainer.run.heart import Heart
-from services.trainer.settings import TrainerSettings
+from services.trainer.settings import TrainerSettings, directory_of
 from services.trainer.storage import PostgresRunStore
 from shared.bundle.history import INTEREST_KINDS
 from shared.channel import tls_of
@@ -50,7 +51,7 @@ class Work:
             raise Cancelled("CANCELLED", "The run was cancelled.")
 
     def read_log(self) -> EventColumns:
-        """Returns the events of the run's window.
+        """Returns the events of the run's window, as of its first attempt.
 
         Raises:
             Unavailable: LOG_UNAVAILABLE.
@@ -59,17 +60,26 @@ class Work:
         window = self.run.config.window
         try:
             with self.database.dedicated_connection(autocommit=True) as connection:
-                return read_events(
+                events = read_events(
                     connection,
                     start_time=datetime.fromisoformat(window.start_time) if window.start_time else None,
                     end_time=datetime.fromisoformat(window.end_time) if window.end_time else None,
                     kinds=window.kinds or INTEREST_KINDS,
+                    as_of=self.store.read_watermark(self.run.run_id),
                 )
+            self.store.set_read_watermark(self.run.run_id, events.watermark.decode())
+            return events
         except (psycopg.Error, ValueError) as error:
             raise Unavailable(
                 "LOG_UNAVAILABLE",
                 f"The log could not be read: {str(error).strip().splitlines()[0]}. Is feedback running, and migrated?",
             ) from error
+
+    def checkpoints(self) -> Checkpoints:
+        """Returns the run's checkpoint."""
+        return Checkpoints(
+            directory_of(self.settings.home, self.run.run_id), lambda words: self.report("TRAINING", words)
+        )
 
     def read_catalogue(self) -> tuple[Mapping[str, Sequence[str]], str]:
         """Returns the attribute values of each item id, and why there are none."""

@@ -243,6 +243,21 @@ class PostgresRunStore:
             ).fetchone()
         return RunState(row[0]) if row else None
 
+    def read_watermark(self, run_id: str) -> str:
+        """Returns the `pg_snapshot` as of which the run reads the log; empty before its first reading."""
+        with self._database.connect() as connection:
+            row = connection.execute(
+                "SELECT read_watermark FROM training_runs WHERE run_id = %s", (run_id,)
+            ).fetchone()
+        return str(row[0]) if row else ""
+
+    def set_read_watermark(self, run_id: str, watermark: str) -> None:
+        """Notes as of when the run reads the log."""
+        with self._database.connect() as connection:
+            connection.execute(
+                "UPDATE training_runs SET read_watermark = %s WHERE run_id = %s", (watermark, run_id)
+            )
+
     def finish_evaluation(self, run_id: str, attempt: int, measures: Mapping[str, Any]) -> bool:
         """Ends an evaluation that is still running in this attempt with what it found; returns whether it was."""
         with self._database.connect() as connection:
