@@ -65,7 +65,7 @@ protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
 
 requirements:  ## Pin the requirements again, with hashes (needs uv)
-	for name in feedback profile recommend trainer dev build compose deploy; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
+	for name in feedback profile recommend trainer dev build compose deploy registry-mirror; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url $$name.in -o $$name.txt) || exit 1; done
 
 test-compose: $(INSTALLED)  ## The suite in real containers: paused, killed, cut off (skipped where no engine runs)

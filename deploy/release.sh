@@ -49,6 +49,8 @@ if [ -z "${NO_IMAGES:-}" ] && command -v docker > /dev/null && docker info > /de
     docker build --quiet --build-arg VERSION="$version" --build-arg REVISION="$revision" \
       --build-arg SOURCE_DATE_EPOCH="$SOURCE_DATE_EPOCH" -f "services/$service/Dockerfile" -t "shopkeeper/$service:$version" .
   done
+  docker build --quiet --build-arg VERSION="$version" --build-arg REVISION="$revision" \
+    -f deploy/registry-mirror/Dockerfile -t "shopkeeper/registry-mirror:$version" .
 else
   echo "No container engine answers, or NO_IMAGES is set: no images were built." >&2
 fi

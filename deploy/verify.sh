@@ -7,7 +7,7 @@ tools=$1
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
 
-"$tools/hadolint" services/*/Dockerfile tests/compose/runner/Dockerfile
+"$tools/hadolint" services/*/Dockerfile deploy/registry-mirror/Dockerfile tests/compose/runner/Dockerfile
 echo "hadolint: clean"
 
 for target in base overlays/dev overlays/staging overlays/production; do
@@ -35,7 +35,7 @@ PYTHON
 echo "kubernetes-validate --strict: clean"
 
 "$tools/checkov" --quiet --compact --skip-download --framework kubernetes --directory "$rendered" --config-file deploy/checkov.yaml
-"$tools/checkov" --quiet --compact --skip-download --framework dockerfile --directory services --config-file deploy/checkov.yaml
+"$tools/checkov" --quiet --compact --skip-download --framework dockerfile --directory services --directory deploy/registry-mirror --config-file deploy/checkov.yaml
 echo "checkov: clean"
 
 if command -v promtool > /dev/null; then
