@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-quality verify-crash verify-overload verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-quality verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -46,6 +46,15 @@ bench-ingest: $(INSTALLED)  ## How fast events come in, beside a bare COPY
 bench-serve: $(INSTALLED)  ## How fast recommendations are served, and what one costs (ITEMS=12000)
 	python -m tests.benchmarks.bench_serve --items $(or $(ITEMS),12000)
 
+verify-swaps: $(INSTALLED)  ## 1,000 versions swapped in under load: no failed answer, none that mixes versions
+	SHOPKEEPER_SWAPS=1000 pytest -q -s --timeout 1800 tests/recommend/test_outages.py -k swaps
+
+verify-chaos: $(INSTALLED)  ## Every dependency of recommend failing in every way for 20 s: each call answered in time
+	SHOPKEEPER_CHAOS_SECONDS=20 pytest -q -s --timeout 1800 tests/recommend/test_chaos.py
+
+verify-bundles: $(INSTALLED)  ## 10,000 mutated bundles, none of them loaded
+	SHOPKEEPER_MUTATED_BUNDLES=10000 pytest -q -s --timeout 1800 tests/recommend/test_mutated_bundles.py
+
 bench-freshness: $(INSTALLED)  ## How long until what a shopper did changes what they are shown
 	python -m tests.benchmarks.bench_freshness
 
@@ -54,6 +63,9 @@ verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are k
 
 verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and without admission control
 	python -m tests.benchmarks.bench_overload
+
+bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue are (EVENTS=1000000)
+	python -m tests.benchmarks.bench_profile --events $(or $(EVENTS),1000000)
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))

@@ -19,11 +19,13 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
-from shared.errors import FailedPrecondition, Unavailable
+from shared import deadline
+from shared.errors import DeadlineExceeded, FailedPrecondition, ShopkeeperError, Unavailable
 from shared.settings import ServiceSettings
 
 OWNERS = ("feedback", "profile", "trainer")
 MINIMUM_SERVER_VERSION = 160000
+POOL_TIMEOUT_SECONDS = 5.0
 _SETUP_LOCK = 0x53484F50  # "SHOP": one process at a time creates roles, or migrates
 
 
@@ -56,16 +58,18 @@ class Database:
         self.conninfo = _conninfo(url, schema, role or role_of(schema), statement_timeout_seconds)
         self.engine = sqlalchemy.create_engine(
             "postgresql+psycopg://",
-            creator=lambda: psycopg.connect(self.conninfo),
+            creator=lambda: _CallersConnection.connect(self.conninfo),
             pool_size=pool_size,
+            pool_timeout=POOL_TIMEOUT_SECONDS,
             pool_pre_ping=True,
             pool_recycle=1800,
         )
         self._pool = ConnectionPool(
             self.conninfo,
+            connection_class=_CallersConnection,
             min_size=1,
             max_size=pool_size,
-            timeout=5.0,
+            timeout=POOL_TIMEOUT_SECONDS,
             reconnect_timeout=30.0,
             check=ConnectionPool.check_connection,
             open=False,
@@ -78,13 +82,18 @@ class Database:
         """Lends a raw connection; commits at the end of the block, rolls back on an exception.
 
         Raises:
-            Unavailable: no connection to be had, or it broke within the block. Whether the
-                transaction was committed is then unknown: only an idempotent one may be retried.
+            Unavailable: no connection to be had, it broke within the block, or the server may not write
+                now. Whether the transaction was committed is then unknown: only an idempotent one may
+                be retried.
+            DeadlineExceeded: the caller of this thread waits no longer; the connection is given up.
         """
         if not self._opened:
             self._pool.open(wait=False)
             self._opened = True
-        with unavailable_when_disconnected(), self._pool.connection() as connection:
+        with (
+            unavailable_when_disconnected(),
+            self._pool.connection(timeout=_patience_seconds()) as connection,
+        ):
             yield connection
 
     @contextmanager
@@ -108,17 +117,58 @@ class Database:
         self.engine.dispose()
 
 
+class _CallersConnection(psycopg.Connection[Any]):
+    """A connection whose every wait ends with the deadline of the call that its thread answers.
+
+    A server that stands still answers nothing, not even to a cancellation: the connection is closed then.
+    """
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        remaining = deadline.remaining_seconds()
+        if remaining is None:
+            return super().wait(gen, interval, timeout)
+        try:
+            return super().wait(gen, interval, remaining if timeout is None else min(timeout, remaining))
+        except psycopg.OperationalError:
+            if deadline.has_passed():
+                self.pgconn.finish()
+            raise
+
+
+# What goes away by itself, or by an operator's hand: the request was right, and may be sent again.
+_PASSING = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    # A server that was demoted, or told to accept no writes.
+    psycopg.errors.ReadOnlySqlTransaction,
+)
+
+
 @contextmanager
 def unavailable_when_disconnected() -> Iterator[None]:
-    """Turns the driver's connection failures into Unavailable."""
+    """Turns failures of the server and the way to it into Unavailable, or DeadlineExceeded after the deadline."""
     try:
         yield
-    except (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout, PoolClosed) as error:
-        raise _unavailable(error) from error
+    except (*_PASSING, PoolTimeout, PoolClosed, sqlalchemy.exc.TimeoutError) as error:
+        raise _failure(error) from error
     except sqlalchemy.exc.DBAPIError as error:
-        if isinstance(error.orig, (psycopg.OperationalError, psycopg.InterfaceError)):
-            raise _unavailable(error.orig) from error
+        if isinstance(error.orig, _PASSING):
+            raise _failure(error.orig) from error
         raise
+
+
+def _patience_seconds() -> float:
+    remaining = deadline.remaining_seconds()
+    return POOL_TIMEOUT_SECONDS if remaining is None else min(POOL_TIMEOUT_SECONDS, remaining)
+
+
+def _failure(error: Exception) -> ShopkeeperError:
+    if deadline.has_passed():
+        return DeadlineExceeded(
+            "DEADLINE_EXCEEDED",
+            "The database did not answer within the deadline; whether it was done is unknown.",
+        )
+    return _unavailable(error)
 
 
 def resolve_url(settings: ServiceSettings) -> str:

@@ -26,7 +26,7 @@ from opentelemetry import context as trace_context
 from opentelemetry import propagate, trace
 from prometheus_client import Counter, Gauge, Histogram
 
-from shared import errors, grpc_status
+from shared import deadline, errors, grpc_status
 from shared.admission import Admission, Priority
 from shared.authentication import Authenticator, TokenVerifier
 from shared.authorization import Gatekeeper
@@ -508,6 +508,9 @@ class _Observation:
 
     def __enter__(self) -> _Observation:
         self._start = time.perf_counter()
+        remaining = self._context.time_remaining()
+        # Without a deadline grpcio answers with a number of years.
+        deadline.begin(None if remaining is None or remaining > 1e6 else remaining)
         if self._call.telemetry.traces_exported:
             carrier = {
                 key: value for key, value in self._context.invocation_metadata() if key == "traceparent"
@@ -530,6 +533,7 @@ class _Observation:
         self.error = error
 
     def __exit__(self, *_exception: object) -> None:
+        deadline.end()
         seconds = time.perf_counter() - self._start
         code = "OK" if self.error is None else self._code(self.error)
         if self.error is None and not self._context.is_active():

@@ -60,6 +60,8 @@ from shared.tokens import TokenSigner
 
 SERVICE = "feedback"
 STARTUP_PATIENCE_SECONDS = 60.0
+ERASURE_CHECK_SECONDS = 30.0
+ERASURE_GRACE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +225,17 @@ def _watch_database(
     feedback: Feedback, server: GrpcServer, telemetry: Telemetry, stopped: threading.Event
 ) -> None:
     """Tells load balancers while the log cannot be reached, and completes erasures that were cut short."""
-    ready, erasures_finished = True, False
-    while not stopped.wait(1.0 if erasures_finished else 0.0):
+    ready, finish_at, minimum_age_seconds = True, 0.0, 0.0
+    while not stopped.wait(1.0 if finish_at else 0.0):
         try:
-            if not erasures_finished:
-                if count := feedback.people.finish_erasures():
+            if time.monotonic() >= finish_at:
+                if count := feedback.people.finish_erasures(minimum_age_seconds):
                     telemetry.logger.info("erasures completed", count=count)
-                erasures_finished = True
+                # Those of before this start at once; later ones only when whoever began them must have given up.
+                finish_at, minimum_age_seconds = (
+                    time.monotonic() + ERASURE_CHECK_SECONDS,
+                    ERASURE_GRACE_SECONDS,
+                )
             with feedback.database.connect() as connection:
                 connection.execute("SELECT 1")
             reachable = True

@@ -39,17 +39,21 @@ from services.profile.storage import catalogue as catalogue_storage
 from services.profile.storage import log as log_storage
 from services.profile.storage.churn_alerts import PostgresChurnAlerts
 from services.profile.storage.churn_registry import ChurnModels, gate_reasons, verdict
+from services.profile.storage.item_figures import PostgresItemFigures
 from services.profile.storage.item_imports import PostgresItemImports
 from services.profile.storage.merges import PostgresMerges
 from services.profile.storage.purchases import PostgresPurchases
+from services.profile.storage.rebuilds import PostgresRebuilds
 from services.profile.storage.segments import PostgresSegments
 from services.profile.use_cases.catalogue import Catalogue
 from services.profile.use_cases.churn import ChurnWatch, train_churn
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.item_imports import ManageItemImports, RunItemImports
+from services.profile.use_cases.item_portraits import ItemPortraits
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.profiles import Profiles
+from services.profile.use_cases.rebuilds import ManageRebuilds, RunRebuilds, warm
 from services.profile.use_cases.segments import SegmentMembers, Segments
 from shared.database import Database, migrate, resolve_url
 from shared.errors import Unavailable
@@ -70,6 +74,7 @@ SERVICE_NAMES = (
 
 # One family with the lock of alerts: work that one replica does for all.
 IMPORTS_LOCK = 0x53484F50_494D504F
+REBUILDS_LOCK = 0x53484F50_52454255
 
 
 def clock_us() -> int:
@@ -111,7 +116,11 @@ class Profile:
         log = log_storage.PostgresEventLog(database, items, currencies)
         histories = LiveHistories(log, settings.hot_users, metrics)
         merged = MergedUsers()
-        follower = LogFollower(log, histories, merged, metrics, clock_us)
+        segments = PostgresSegments(database)
+        rebuilds = PostgresRebuilds(database, segments.users_after)
+        follower = LogFollower(
+            log, histories, merged, metrics, clock_us, partial(warm, rebuilds, histories, items, currencies)
+        )
         store = catalogue_storage.PostgresCatalogue(database)
         catalogue = Catalogue(store, encode_item, metrics, clock_us)
         merges = PostgresMerges(database, pseudonymizer.current_version)
@@ -126,7 +135,6 @@ class Profile:
             settings.churn_score_seconds,
             settings.margin_share,
         )
-        segments = PostgresSegments(database)
         drained = threading.Event()
         imports = PostgresItemImports(database)
         files = ItemDirectory(settings.import_path, clock_us)
@@ -135,6 +143,13 @@ class Profile:
             database,
             IMPORTS_LOCK,
             RunItemImports(imports, files, catalogue, clock_us, drained).run_next,
+            idle_seconds=2.0,
+        )
+        rebuilder = ExclusiveWorker(
+            "rebuilds",
+            database,
+            REBUILDS_LOCK,
+            RunRebuilds(rebuilds, log, merged, items, currencies, clock_us, drained).run_next,
             idle_seconds=2.0,
         )
 
@@ -153,6 +168,7 @@ class Profile:
             store,
             ProfileServicer(
                 profiles,
+                ManageRebuilds(rebuilds, clock_us, rebuilder.wake),
                 converter,
                 churn,
                 ChurnConverter(signer),
@@ -160,9 +176,17 @@ class Profile:
                 SegmentMembers(log, segments, merged.of, profiles.portrait, risk_of),
                 SegmentConverter(signer),
                 settings.catch_up_seconds,
+                drained,
             ),
             CatalogServicer(
                 catalogue,
+                ItemPortraits(
+                    store,
+                    catalogue,
+                    PostgresItemFigures(database),
+                    settings.item_portrait_seconds,
+                    clock_us,
+                ),
                 ManageItemImports(imports, files, clock_us, importer.wake),
                 signer,
                 clock_us,
@@ -172,7 +196,7 @@ class Profile:
                 log_storage.Listener(database, log_storage.CHANNEL, follower.nudge),
                 log_storage.Listener(database, catalogue_storage.CHANNEL, catalogue.nudge),
             ),
-            (importer,),
+            (importer, rebuilder),
             [],
             drained,
         )

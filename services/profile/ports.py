@@ -8,6 +8,7 @@ from typing import Protocol
 
 from services.profile.domain.churn_model import ChurnModel
 from services.profile.domain.events import EventBatch, EventWindow
+from services.profile.domain.item_figures import Baskets, ItemCounts
 from services.profile.domain.item_imports import (
     ItemImport,
     ItemImportProgress,
@@ -16,6 +17,7 @@ from services.profile.domain.item_imports import (
 )
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
 from services.profile.domain.purchase_log import PurchaseLog
+from services.profile.domain.rebuilds import FoldedShopper, Rebuild, RebuildState
 from services.profile.domain.segments import Segment, SegmentChange
 from shared.identity import UserKey
 from shared.tokens import Watermark
@@ -333,4 +335,56 @@ class ItemImportStore(Protocol):
 
     def request_cancel(self, import_id: str, now_us: int) -> ItemImport:
         """Asks an import to stop; raises NotFound."""
+        ...
+
+
+class RebuildStore(Protocol):
+    """Rebuilds, and what they folded. All raise Unavailable when the database does not answer."""
+
+    def create(self, request_id: str, now_us: int) -> Rebuild:
+        """Stores a new rebuild, or returns the one of the same request id."""
+        ...
+
+    def get(self, rebuild_id: str) -> Rebuild:
+        """Returns a rebuild; raises NotFound."""
+        ...
+
+    def oldest_unfinished(self) -> Rebuild | None:
+        """Returns the rebuild whose turn it is."""
+        ...
+
+    def begin(self, rebuild_id: str) -> Watermark:
+        """Starts a rebuild from nothing, counts the log, and returns the snapshot from which on readers go on."""
+        ...
+
+    def users_after(self, user_key: bytes, limit: int) -> tuple[list[UserKey], bytes | None]:
+        """See `SegmentStore.users_after`."""
+        ...
+
+    def write(self, rebuild_id: str, shoppers: Sequence[FoldedShopper], folded_events: int) -> bool:
+        """Stores some shoppers of a running rebuild; returns whether it is to go on."""
+        ...
+
+    def succeed(self, rebuild_id: str, watermark: Watermark, now_us: int) -> None:
+        """Puts a rebuild in force, and drops what earlier ones had folded, at once."""
+        ...
+
+    def finish(self, rebuild_id: str, state: RebuildState, reason: str, message: str, now_us: int) -> None:
+        """Ends a rebuild without effect; does nothing to one that has ended."""
+        ...
+
+    def request_cancel(self, rebuild_id: str, now_us: int) -> Rebuild:
+        """Asks a rebuild to stop; raises NotFound."""
+        ...
+
+    def in_force(self, limit: int) -> tuple[Watermark, Iterator[FoldedShopper]] | None:
+        """Returns the snapshot of the rebuild in force, and its shoppers, the most recently active first."""
+        ...
+
+
+class ItemFigures(Protocol):
+    """What shoppers did to items. Raises Unavailable when the log cannot be read."""
+
+    def read(self, now_us: int) -> tuple[dict[str, ItemCounts], Baskets]:
+        """Returns the counts of every item that occurs in the log, as of a time, and the newest orders."""
         ...

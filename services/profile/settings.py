@@ -16,7 +16,7 @@ class ProfileSettings(ServiceSettings):
     hot_users: int = Field(
         100_000,
         ge=1,
-        description="Most shoppers kept in memory: some 0.6 KB each, and 50 bytes for each of their events.",
+        description="Most shoppers kept in memory: some 0.5 KB each, and 25 bytes for each of their events.",
     )
     pool_size: int = Field(8, ge=3, le=256, description="Most connections to the database, listeners aside.")
     catch_up_seconds: float = Field(
@@ -27,6 +27,11 @@ class ProfileSettings(ServiceSettings):
     )
     import_directory: Path | None = Field(
         None, description="Directory whose files `ImportItems` may read. Defaults to <home>/imports."
+    )
+    item_portrait_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="Portraits of items are made anew, of all of them together, when asked for and older than this.",
     )
     margin_share: float = Field(
         1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import grpc
 
 from services.recommend.clients.catalog import CatalogClient
+from services.recommend.clients.experiments import ExperimentClient
 from services.recommend.clients.metrics import (
     BUNDLE_REFUSED,
     CONFIGURATION_REFUSED,
@@ -18,6 +20,8 @@ from services.recommend.clients.metrics import (
     MODEL_CREATED,
     MODEL_INFO,
     MODEL_SWAPS,
+    SHADOW_OVERLAP,
+    SHADOW_SKIPPED,
     PrometheusObserver,
 )
 from services.recommend.clients.profiles import ProfileClient
@@ -29,14 +33,15 @@ from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.live_counts import LiveCounts
 from services.recommend.servicer import COMPUTING_METHODS, SERVICE_NAME, RecommendServicer, register
 from services.recommend.settings import RecommendSettings
-from services.recommend.storage import BundleModel, DocumentDirectory, ModelWatcher
+from services.recommend.storage import BundleModel, DocumentDirectory, ModelPool, ModelWatcher
 from services.recommend.use_cases.configs import ServingConfigs
 from services.recommend.use_cases.explainer import Explainer
 from services.recommend.use_cases.histories import HistoryReader
 from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.rehearsal import Rehearser, RequestRecorder
+from services.recommend.use_cases.shadow import Comparison, Shadow
 from services.recommend.use_cases.status import StatusReader
-from services.recommend.use_cases.world import WorldHolder
+from services.recommend.use_cases.world import Worlds
 from shared.admission import Priority
 from shared.channel import open_channel, tls_of
 from shared.keys import read_verifying_key
@@ -93,17 +98,26 @@ class RecommendService:
             on_erased=recorder.forget,
         )
         self.catalog = CatalogClient(self._channel, self.catalog_store)
-        self.models = ModelWatcher(
-            settings.registry_path,
-            public_key,
-            index,
-            model=settings.recommend_model,
-            alias=settings.recommend_alias,
-            poll_seconds=settings.registry_poll_seconds,
-            most_exact=settings.exact_search_items,
-            on_loaded=_before_service(self.catalog_store),
-            on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
-        )
+
+        def watcher(model: str, alias: str) -> ModelWatcher:
+            return ModelWatcher(
+                settings.registry_path,
+                public_key,
+                index,
+                model=model,
+                alias=alias,
+                poll_seconds=settings.registry_poll_seconds,
+                most_exact=settings.exact_search_items,
+                on_loaded=_before_service(self.catalog_store),
+                on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
+            )
+
+        names = (settings.recommend_model, settings.recommend_alias)
+        self.models = watcher(*names)
+        self._model_pool = ModelPool(self.models, *names, watcher)
+        self._feedback_channel = open_channel(settings.feedback_address, tls=tls_of(settings))
+        self.experiments = ExperimentClient(self._feedback_channel, settings.experiment_poll_seconds)
+        self._shadow = Shadow(_compared, _not_compared)
         filters = FilterLanguage()
         configuration_converter = ConfigurationConverter(
             filters, settings.recommend_model, settings.recommend_alias
@@ -115,7 +129,7 @@ class RecommendService:
             on_refused=_refused_document,
         )
         recommender = Recommender(
-            worlds=WorldHolder(self.models, self.catalog_store, index),
+            worlds=Worlds(self._model_pool, self.catalog_store, index),
             histories=HistoryReader(self.profiles, clock, aside=lambda: self.server.waiting()),
             counts=counts,
             filters=filters,
@@ -125,6 +139,8 @@ class RecommendService:
             new_id=lambda: os.urandom(8),
             configs=self.configs,
             record=recorder.record,
+            experiments=self.experiments,
+            shadow=self._shadow,
         )
         self._servicer = RecommendServicer(
             converter=RequestConverter(pseudonymizer, signer),
@@ -132,7 +148,7 @@ class RecommendService:
             recommender=recommender,
             explainer=Explainer(recommender),
             configs=self.configs,
-            status=StatusReader(self.models, self.profiles, self.catalog, clock),
+            status=StatusReader(self._model_pool, self.profiles, self.catalog, clock),
             budget_seconds=settings.answer_budget_seconds,
             configuration_converter=configuration_converter,
             rehearser=Rehearser(recommender, recorder, clock),
@@ -156,7 +172,8 @@ class RecommendService:
         self.profiles.start()
         self.catalog.start()
         self.models.start()
-        self.configs.look()
+        self._look_at_configuration()
+        self.experiments.start()
         threading.Thread(target=self._follow_configuration, name="configuration", daemon=True).start()
         threading.Thread(target=self._become_ready, name="readiness", daemon=True).start()
         return port
@@ -170,23 +187,42 @@ class RecommendService:
     def close(self) -> None:
         """Ends what runs beside the server."""
         self._stopped.set()
-        self.models.stop()
+        self._model_pool.stop()
+        self._shadow.stop()
+        self.experiments.stop()
         self.profiles.stop()
         self.catalog.stop()
         self._channel.close()
+        self._feedback_channel.close()
 
     def _become_ready(self) -> None:
         # Without the catalogue an item that is withdrawn might be shown; but not to answer is worse.
         complete = self.catalog.wait_until_complete(self.settings.catalog_grace_seconds)
+        _forget_garbage()
         if not self._stopped.is_set():
             self.server.set_ready(True, "" if complete else "degraded: the catalogue has not arrived yet")
 
     def _follow_configuration(self) -> None:
         while not self._stopped.wait(self.settings.configuration_poll_seconds):
-            self.configs.look()
+            self._look_at_configuration()
+
+    def _look_at_configuration(self) -> None:
+        self.configs.look()
+        self._model_pool.follow(
+            names for config in self.configs.current().configs.values() for names in config.models()
+        )
 
     def _register(self, server: grpc.Server) -> None:
         register(self._servicer, server)
+
+
+def _forget_garbage() -> None:
+    """Takes what has been loaded out of the collector's sight: it is not garbage, and is looked at for nothing.
+
+    A full collection over the catalogue's objects stops all threads for tens of milliseconds at 12,000 items.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None]:
@@ -195,6 +231,7 @@ def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None
     def prepare(model: BundleModel) -> None:
         # Makes room for the model's items beside the old model, not in the first request of the new one.
         catalog_store.publish()
+        gc.freeze()
         for old in previous:
             MODEL_INFO.remove(old.name, old.version)
         previous[:] = [model]
@@ -204,6 +241,25 @@ def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None
         MODEL_SWAPS.inc()
 
     return prepare
+
+
+def _compared(comparison: Comparison) -> None:
+    SHADOW_OVERLAP.labels(comparison.serving_config).observe(comparison.overlap)
+    _LOGGER.info(
+        "shadow compared",
+        serving_config=comparison.serving_config,
+        shown=comparison.shown_version,
+        shadow=comparison.shadow_version,
+        items=comparison.item_count,
+        overlap=round(comparison.overlap, 3),
+        rank_biased_overlap=round(comparison.rank_biased_overlap, 3),
+    )
+
+
+def _not_compared(error: Exception | None) -> None:
+    SHADOW_SKIPPED.labels("busy" if error is None else "failed").inc()
+    if error is not None:
+        _LOGGER.warning("shadow failed", error=f"{type(error).__name__}: {error}")
 
 
 def _refused_document(kind: str, document_id: str, why: str) -> None:
@@ -219,6 +275,8 @@ def main() -> None:
     if sys.argv[1:] == ["migrate"]:
         print("recommend keeps nothing in a database: nothing to migrate", file=sys.stderr)
         return
+    # Requests make little garbage that counting references does not end: look for it seldom.
+    gc.set_threshold(20_000, 20, 50)
     settings = load_settings(RecommendSettings)
     service = RecommendService(settings, Telemetry("recommend", settings))
     service.start()

@@ -17,6 +17,7 @@ from services.recommend.domain.history import History
 from services.recommend.domain.rules import Rule
 from services.recommend.domain.serving_config import ServingConfig
 from services.recommend.domain.status import ModelState, StreamState
+from shared.experiments import Split
 from shared.identity import UserKey
 from shared.tokens import ConsistencyToken
 
@@ -142,6 +143,23 @@ class ModelSource(Protocol):
 
     def state(self) -> ModelState:
         """Returns what is in service, and what was refused."""
+
+
+class Models(Protocol):
+    """The models in service, by name and alias."""
+
+    def source(self, model: str, alias: str) -> ModelSource | None:
+        """Returns where a model is found, "" each for the service's own; None where nobody follows it yet."""
+
+    def states(self) -> list[ModelState]:
+        """Returns the state of each, the service's own first."""
+
+
+class Experiments(Protocol):
+    """The experiments that run, as far as is known."""
+
+    def split(self, placement: str) -> Split | None:
+        """Returns how the experiment on a placement divides people; None where there is none."""
 
 
 class CatalogSource(Protocol):

@@ -237,9 +237,8 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         self, request: pb.BatchRecommendRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.BatchRecommendResponse]:
         batch = self._converter.batch(request)
-        snapshot = self._recommender.snapshot()
         # Named before the first answer: nobody's answer could be made.
-        snapshot.configuration.config(batch.serving_config)
+        snapshot = self._recommender.snapshot(batch.serving_config)
         model = snapshot.world.model
         version = model.version if model is not None else ""
         for index in range(batch.first, len(request.users)):

@@ -42,6 +42,9 @@ class RecommendSettings(ServiceSettings):
         5.0, ge=0, description="At start: the longest wait for the catalogue before calls are accepted."
     )
 
+    experiment_poll_seconds: float = Field(
+        5.0, gt=0, le=3600, description="How often feedback is asked which experiments run."
+    )
     exact_search_items: int = Field(
         50_000,
         ge=0,

@@ -213,6 +213,7 @@ class H2Load:
     name = "h2load"
 
     def __init__(self, port: int, home: Path) -> None:
+        self.streams = STREAMS
         self._url = f"http://127.0.0.1:{port}{METHOD}"
         self._home = home
 
@@ -230,7 +231,8 @@ class H2Load:
             data, log = self._home / f"body-{number}", self._home / f"log-{number}"
             data.write_bytes(struct.pack(">BI", 0, len(body)) + body)
             log.unlink(missing_ok=True)
-            options = ["-D", f"{round(seconds * 1e3)}ms", "-c1", "-m", str(STREAMS if rate is None else 100)]
+            streams = self.streams if rate is None else 100
+            options = ["-D", f"{round(seconds * 1e3)}ms", "-c1", "-m", str(streams)]
             if rate is not None:
                 options += [f"--rps={rate / len(requests):g}"]
             headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
@@ -260,6 +262,7 @@ class PythonLoad:
     name = "python"
 
     def __init__(self, port: int, home: Path) -> None:
+        self.streams = STREAMS
         self._address = f"127.0.0.1:{port}"
 
     def run(
@@ -282,7 +285,7 @@ class PythonLoad:
                     took.append(1e3 * (time.perf_counter() - start))
                     due = due + pace if pace is not None else time.perf_counter()
 
-        count = len(requests) * STREAMS
+        count = len(requests) * self.streams
         threads = [
             threading.Thread(
                 target=call_on,
@@ -484,6 +487,10 @@ def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
     yield "catalogue_seconds", round(bench.complete_seconds, 2)
     shortest = bench.warm()
     requests = [request_of(shopper) for shopper in range(4)]
+    if bench.items > LARGE:
+        # Two at a time keep both cores busy; sixteen would wait longer than the server lets anybody wait.
+        requests = requests[:2]
+        bench.load.streams = 1
     bench.measure(requests, 1.0, shortest)
     closed = [bench.measure(requests, seconds, shortest) for _ in range(2)]
     yield "requests_per_second", max(one["rate"] for one in closed)

@@ -86,7 +86,7 @@ def test_the_columns_of_the_views_are_the_published_ones(shop: Shop) -> None:
         "currency_code", "value", "session_key",
     ]  # fmt: skip
     attribution = ["placement", "model_version", "serving_config", "variant"]
-    assert columns("events_v1") == [*core, *attribution, "is_bot", "personalisation"]
+    assert columns("events_v1") == [*core, *attribution, "is_bot", "personalisation", "device", "channel"]
     assert columns("training_events_v1") == [*core, "is_bot", "personalisation"]
     assert columns("tombstones_v1") == ["user_key", "xid", "erased_at"]
 

@@ -25,22 +25,6 @@ SERVICES = {
     "catalog": catalog_service_pb2.DESCRIPTOR.services_by_name["CatalogService"],
 }
 METHODS = [(stub, method) for stub, service in SERVICES.items() for method in service.methods]
-BUILT = {
-    *(
-        "GetProfile",
-        "BatchGetProfiles",
-        "WatchProfiles",
-        "CompareProfiles",
-        "MergeUsers",
-        "UpsertItems",
-        "PatchItems",
-        "SetInventory",
-    ),
-    *("DeleteItems", "GetItem", "ListItems", "WatchItems"),
-    *("CreateSegment", "GetSegment", "ListSegments", "UpdateSegment", "DeleteSegment", "ListUsersInSegment"),
-    *("ListAtRiskUsers", "WatchChurnAlerts", "GetChurnModel"),
-    *("ImportItems", "GetItemImport", "ListItemImports", "WatchItemImport", "CancelItemImport"),
-}
 UNEXPECTED = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 
 _TEXT = st.one_of(
@@ -118,9 +102,6 @@ def test_random_legal_messages_never_end_in_an_unknown_or_internal_error(
     shop: Shop, subtests: pytest.Subtests
 ) -> None:
     for stub, method in METHODS:
-        if method.name not in BUILT:
-            continue
-
         with subtests.test(method.name):
             check(shop, stub, method)
     # And the service still works.
@@ -131,18 +112,6 @@ def test_random_legal_messages_never_end_in_an_unknown_or_internal_error(
         .results[0]
         .status
     )
-
-
-def test_what_is_not_built_yet_says_what_to_use_instead(shop: Shop, subtests: pytest.Subtests) -> None:
-    for stub, method in METHODS:
-        if method.name in BUILT:
-            continue
-        with subtests.test(method.name):
-            request = message_factory.GetMessageClass(method.input_type)()
-            with pytest.raises(grpc.RpcError) as failure:
-                list(getattr(getattr(shop, stub), method.name)(request))
-            assert failure.value.code() == grpc.StatusCode.UNIMPLEMENTED
-            assert failure.value.details().startswith("This part of the contract is not built yet. ")
 
 
 def test_every_reason_that_the_service_gives_is_documented() -> None:

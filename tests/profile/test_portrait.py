@@ -23,6 +23,8 @@ from services.profile.domain.events import (
     group_by_user,
 )
 from services.profile.domain.items import PriceLevels
+from services.profile.domain.packing import pack, unpack
+from services.profile.domain.population import Population
 from services.profile.domain.portrait import (
     DAY_US,
     UNKNOWN_ITEM,
@@ -30,15 +32,16 @@ from services.profile.domain.portrait import (
     Horizon,
     ItemFacts,
     LifeCycleStage,
-    fold_portrait,
-    fold_summary,
 )
+from services.profile.domain.portrait_fold import fold_portrait, fold_summary
 from shared.event_kinds import EventKind
 
 NOW_US = 1_770_000_000_000_000
 FACTS = {
-    "boot": ItemFacts(("Women", "Shoes"), "Acme", 0.9),
-    "sock": ItemFacts(("Women",), "Acme", 0.1),
+    "boot": ItemFacts(
+        ("Women", "Shoes"), "Acme", 0.9, (("colour", "red"), ("season", "winter")), 60_000_000, "EUR", 0.25
+    ),
+    "sock": ItemFacts(("Women",), "Acme", 0.1, (("colour", "blue"),), 3_000_000, "EUR", 0.25),
     "tea": ItemFacts(("Food", "Drinks"), "Leaf", None),
 }
 ITEMS = ["boot", "sock", "tea", "mystery"]
@@ -55,6 +58,8 @@ def event(
     price: int | None = None,
     currency: str = "EUR",
     value: float = math.nan,
+    device: int = 0,
+    channel: int = 0,
     items: Vocabulary,
     currencies: Vocabulary,
 ) -> Any:
@@ -64,6 +69,7 @@ def event(
     row["kind"] = int(kind)
     row["item"] = NO_ITEM if item is None else items.encode([item])[0]
     row["quantity"], row["value"] = quantity, value
+    row["device"], row["channel"] = device, channel
     row["price_micros"] = price or 0
     row["currency"] = -1 if price is None else currencies.encode([currency])[0]
     row["flags"] = PERSONALISATION | (HAS_PRICE if price is not None else 0)
@@ -87,6 +93,8 @@ EVENTS = st.lists(
             "price": st.one_of(st.none(), st.integers(0, 2**62)),
             "currency": st.sampled_from(["EUR", "CNY", "USD"]),
             "value": st.one_of(st.just(math.nan), st.floats(width=32)),
+            "device": st.integers(0, 5),
+            "channel": st.integers(0, 255),
         }
     ),
     max_size=30,
@@ -151,6 +159,14 @@ def test_a_window_is_truncated_only_when_events_are_left_out() -> None:
     assert window.merge(older_or_newer).merge(events).truncated
 
 
+@settings(max_examples=100, deadline=None)
+@given(events=EVENTS)
+def test_a_packed_window_comes_back_to_the_bit(events: list[Any]) -> None:
+    items, currencies = Vocabulary(), Vocabulary()
+    window = EMPTY_WINDOW.merge(*(event(**e, items=items, currencies=currencies) for e in events))
+    assert unpack(pack(window.events_W)).tobytes() == window.events_W.tobytes()
+
+
 @settings(max_examples=200, deadline=None)
 @given(events=EVENTS)
 def test_every_number_is_finite_and_in_its_range(events: list[Any]) -> None:
@@ -166,6 +182,7 @@ def test_every_number_is_finite_and_in_its_range(events: list[Any]) -> None:
     ]
     assert all(math.isfinite(e.value) and e.value >= 0 and 0 <= e.confidence < 1 for e in estimates)
     assert 0 <= portrait.satisfaction.value <= 1
+    assert -1 <= portrait.discount_sensitivity.value <= 1
     assert 0 <= portrait.purchasing_power.price_level.value <= 1
     assert abs(portrait.rfm.monetary_micros) < 2**63
     for interest in portrait.interests:
@@ -187,19 +204,38 @@ def test_the_portrait_of_a_shopper_worked_by_hand() -> None:
         return event(*arguments, **fields, items=items, currencies=currencies)
 
     window = EMPTY_WINDOW.merge(
-        make(1, EventKind.ITEM_VIEW, "boot", days_ago=14),
+        make(1, EventKind.ITEM_VIEW, "boot", days_ago=14, device=2, channel=1),
         make(2, EventKind.PURCHASE, "boot", days_ago=7, line=0, quantity=2, price=50_000_000),
         make(2, EventKind.PURCHASE, "sock", days_ago=7, line=1, quantity=1, price=3_000_000),
-        make(3, EventKind.PURCHASE, "tea", days_ago=0, quantity=1, price=9_000_000, currency="CNY"),
+        make(3, EventKind.PURCHASE, "tea", days_ago=0, quantity=1, price=9_000_000, currency="CNY", device=2),
         make(4, EventKind.RETURN, "sock", days_ago=0, quantity=1, price=3_000_000),
         make(5, EventKind.RATING, "boot", days_ago=0, value=5.0),
-        make(6, EventKind.SEARCH, days_ago=0),
+        make(6, EventKind.SEARCH, days_ago=0, device=1, channel=6),
+    )
+    others = Population.of(
+        np.array([NOW_US - days * DAY_US for days in (1, 2, 3, 4, 5)]),
+        np.array([1, 1, 2, 3, 9]),
+        np.array([1, 2, 9, 10, 11]) * 1_000_000,
+        np.array(["CNY"] * 5, object),
     )
     portrait = fold_portrait(
-        window, items, currencies, lambda i: FACTS.get(i, UNKNOWN_ITEM), NOW_US + 2 * DAY_US
+        window, items, currencies, lambda i: FACTS.get(i, UNKNOWN_ITEM), NOW_US + 2 * DAY_US, others
     )
 
     assert portrait.event_count == 7
+    # More recent than all others; two orders as the third of five; 9 CNY as the third of five.
+    assert (
+        portrait.rfm.recency_quintile,
+        portrait.rfm.frequency_quintile,
+        portrait.rfm.monetary_quintile,
+    ) == (5, 3, 3)
+    assert [(p.code, p.share, p.evidence_count) for p in portrait.preferred_devices] == [
+        (2, 2 / 7, 2), (1, 1 / 7, 1),
+    ]  # fmt: skip
+    assert [(p.code, p.evidence_count) for p in portrait.preferred_channels] == [(1, 1), (6, 1)]
+    # Boots at 50 of 60 while a quarter of that shelf is reduced, socks at their list price; tea has none.
+    assert portrait.discount_sensitivity.value == pytest.approx((0.75 - 0.25) / (2 + 5))
+    assert portrait.discount_sensitivity.evidence_count == 2
     assert [(a.kind, a.count) for a in portrait.activity] == [(1, 1), (3, 1), (6, 2), (7, 1), (8, 1)]
     assert portrait.rfm.order_count == 2
     assert portrait.rfm.recency_days.value == pytest.approx(2.0)
@@ -211,12 +247,17 @@ def test_the_portrait_of_a_shopper_worked_by_hand() -> None:
     ]
     assert portrait.life_cycle_stage == LifeCycleStage.ACTIVE
     assert portrait.purchase_interval_days.value == pytest.approx(7.0)
-    # One rating of five stars beside two ratings' worth of 0.5.
-    assert portrait.satisfaction.value == pytest.approx((1 + 1) / 3)
+    # One rating of five stars and one line sent back, beside two answers' worth of 0.5.
+    assert portrait.satisfaction.value == pytest.approx((1 + 1 + 0.25) / 4)
+    assert portrait.satisfaction.evidence_count == 2
 
     # Short term, half-life 7 days: boot 1/4 (view) + 5/2 (bought) + 1 (rated); sock 5/2; tea 5.
     boot, sock, tea = 0.25 + 2.5 + 1.0, 2.5, 5.0
-    short = {(i.facet, i.value): i for i in portrait.interests if i.horizon == Horizon.SHORT_TERM}
+    short = {
+        (i.facet, i.value) if not i.attribute_key else (i.attribute_key, i.value): i
+        for i in portrait.interests
+        if i.horizon == Horizon.SHORT_TERM
+    }
     total = boot + sock + tea
     assert short[Facet.CATEGORY, "Women"].decayed_evidence == pytest.approx(boot + sock)
     assert short[Facet.CATEGORY, "Women"].weight == pytest.approx((boot + sock) / total)
@@ -224,6 +265,10 @@ def test_the_portrait_of_a_shopper_worked_by_hand() -> None:
     assert short[Facet.CATEGORY, "Women"].evidence_count == 4
     assert short[Facet.BRAND, "Leaf"].weight == pytest.approx(tea / total)
     assert short[Facet.PRICE_BAND, "5"].weight == pytest.approx(boot / (boot + sock))
+    assert short["colour", "red"].weight == pytest.approx(boot / (boot + sock))
+    assert short["colour", "red"].facet == Facet.ATTRIBUTE
+    # Among the values of its own key.
+    assert short["season", "winter"].weight == 1.0
     long = {(i.facet, i.value): i for i in portrait.interests if i.horizon == Horizon.LONG_TERM}
     assert long[Facet.BRAND, "Acme"].decayed_evidence == pytest.approx(
         1 * 2 ** (-14 / 90) + 10 * 2 ** (-7 / 90) + 1
@@ -296,3 +341,27 @@ def test_grouping_by_user_keeps_every_event_with_its_user(rows: list[tuple[int, 
     )
     assert got == sorted(rows)
     assert len(set(batch.user_keys)) == len(batch.user_keys)
+
+
+def test_fifths_of_the_population_are_those_of_a_sorted_list() -> None:
+    rng = np.random.default_rng(3)
+    for count in (5, 17, 1000):
+        last, orders = rng.integers(0, 50, count), rng.integers(1, 6, count)
+        spent = rng.integers(-5, 100, count)
+        codes = np.array(rng.choice(["EUR", "USD"], count), object)
+        population = Population.of(last, orders, spent, codes)
+        for at in range(0, count, 7):
+            quintiles = population.quintiles(last[at], orders[at], spent[at], codes[at])
+            alike = spent[codes == codes[at]]
+            for quintile, value, values in zip(
+                quintiles, (last[at], orders[at], spent[at]), (last, orders, alike), strict=True
+            ):
+                if len(values) < 5:
+                    assert quintile == 0
+                    continue
+                ranked = sorted(values)
+                # The bound of a fifth is the value at which that share of all is reached.
+                bounds = [ranked[math.ceil(share * len(ranked)) - 1] for share in (0.2, 0.4, 0.6, 0.8)]
+                assert quintile == 1 + sum(bound < value for bound in bounds)
+    few = Population.of(last[:4], orders[:4], spent[:4], codes[:4])
+    assert few.quintiles(1, 1, 1, "EUR") == (0, 0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -21,6 +22,8 @@ from tests.recommend.shop import Shop, causes, eventually, ids, item, point
 from tests.recommend.test_service import IDS, VECTORS, MakeShop, recommend
 
 VIEW = EventKind.ITEM_VIEW
+# `make verify-swaps` makes 1,000.
+SWAPS = int(os.environ.get("SHOPKEEPER_SWAPS", "100"))
 
 
 @pytest.fixture
@@ -200,14 +203,14 @@ class TestModels:
             thread.start()
         state = shop.service.models.state  # type: ignore[union-attr]
         before = state().swap_count
-        for swap in range(100):
+        for swap in range(SWAPS):
             version = order[(swap + 1) % len(order)]
             point(shop.registry, version)
             eventually(lambda version=version: state().version == version)
         done.set()
         for thread in threads:
             thread.join()
-        assert state().swap_count - before == 100
+        assert state().swap_count - before == SWAPS
         assert all(count > 0 for count in answered)
         assert failed == []
         assert mixed == []
@@ -244,6 +247,16 @@ class TestModels:
         eventually(lambda: shop.stub.GetModelStatus(pb.GetModelStatusRequest()).refused)
         shutil.move(away, path)
         eventually(lambda: recommend(shop).model.version == version)
+
+    def test_a_rollback_needs_nothing_but_the_alias(self, shop: Shop) -> None:
+        """The version before is still in memory, and serves though its files are gone."""
+        first = recommend(shop).model.version
+        before = [entry.score for entry in recommend(shop, page_size=7).items]
+        shop.publish(IDS, VECTORS, popularity=[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0])
+        shutil.rmtree(Registry(shop.registry).version_path("main", first))
+        point(shop.registry, first)
+        eventually(lambda: recommend(shop).model.version == first, 1.0)
+        assert [entry.score for entry in recommend(shop, page_size=7).items] == before
 
     def test_a_rollback_takes_effect(self, shop: Shop) -> None:
         first = recommend(shop).model.version

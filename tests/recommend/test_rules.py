@@ -15,7 +15,7 @@ from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2, rule_pb2
 from shopkeeper.recommend.v1.serving_config_pb2 import ServingConfig
 
-from shared.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidInput, NotFound, Unimplemented
+from shared.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidInput, NotFound
 from tests.recommend.shop import Shop, eventually, ids, item
 from tests.recommend.test_service import failure, recommend
 
@@ -260,8 +260,9 @@ class TestChangesAtRunTime:
         config = ServingConfig(rule_ids=["nobody"])
         request = pb.CreateServingConfigRequest(serving_config_id="c", serving_config=config)
         assert failure(lambda: shop.stub.CreateServingConfig(request)).reason == "RULE_NOT_FOUND"
-        request.serving_config.CopyFrom(ServingConfig(shadow_model_alias="b"))
-        assert isinstance(failure(lambda: shop.stub.CreateServingConfig(request)), Unimplemented)
+        request.serving_config.CopyFrom(ServingConfig(shadow_model_alias="No Alias"))
+        error = failure(lambda: shop.stub.CreateServingConfig(request))
+        assert [violation.field for violation in error.violations] == ["serving_config.shadow_model_alias"]
 
     def test_other_replicas_follow_and_a_restart_remembers(
         self, shop: Shop, make_shop: Callable[..., Shop], tmp_path: Path

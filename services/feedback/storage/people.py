@@ -115,11 +115,15 @@ class PostgresPeople:
             )
         return self._erase_rows(keys, tombstone_key, erased_at)
 
-    def finish_erasures(self) -> int:
-        """Completes erasures that a crash cut short; returns their number."""
+    def finish_erasures(self, minimum_age_seconds: float = 0.0) -> int:
+        """Completes erasures that a crash, or a deadline, cut short; returns their number."""
         with self._database.begin() as connection:
             unfinished = connection.execute(
-                sa.select(tombstones).where(tombstones.c.completed_at.is_(None))
+                sa.select(tombstones).where(
+                    tombstones.c.completed_at.is_(None),
+                    tombstones.c.erased_at
+                    <= sa.func.now() - sa.func.make_interval(0, 0, 0, 0, 0, 0, minimum_age_seconds),
+                )
             ).fetchall()
         for row in unfinished:
             self._erase_rows(list(row.user_keys), row.tombstone_key, row.erased_at)

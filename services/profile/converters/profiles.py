@@ -267,7 +267,7 @@ def user_portrait(portrait: domain.Portrait) -> user_portrait_pb2.UserPortrait:
             for activity in portrait.activity
         ],
         rfm=user_portrait_pb2.Rfm(
-            recency_days=_estimate(rfm.recency_days),
+            recency_days=estimate(rfm.recency_days),
             order_count=rfm.order_count,
             monetary_micros=rfm.monetary_micros,
             currency_code=rfm.currency_code,
@@ -279,13 +279,16 @@ def user_portrait(portrait: domain.Portrait) -> user_portrait_pb2.UserPortrait:
                 )
                 for spend in rfm.spend
             ],
+            recency_quintile=rfm.recency_quintile,
+            frequency_quintile=rfm.frequency_quintile,
+            monetary_quintile=rfm.monetary_quintile,
         ),
         life_cycle_stage=int(portrait.life_cycle_stage),  # type: ignore[arg-type]
         interests=[_interest(interest) for interest in portrait.interests],
         purchasing_power=user_portrait_pb2.PurchasingPower(
-            price_level=_estimate(power.price_level),
+            price_level=estimate(power.price_level),
             category_price_levels=[
-                user_portrait_pb2.CategoryPriceLevel(category=category, price_level=_estimate(level))
+                user_portrait_pb2.CategoryPriceLevel(category=category, price_level=estimate(level))
                 for category, level in power.category_price_levels
             ],
             typical_price_micros=power.typical_price_micros,
@@ -297,9 +300,25 @@ def user_portrait(portrait: domain.Portrait) -> user_portrait_pb2.UserPortrait:
             )
             for hour in portrait.preferred_hours
         ],
-        discount_sensitivity=_estimate(domain.Estimate(0.0)),
-        satisfaction=_estimate(portrait.satisfaction),
-        purchase_interval_days=_estimate(portrait.purchase_interval_days),
+        preferred_devices=[
+            user_portrait_pb2.DevicePreference(
+                device=device.code,  # type: ignore[arg-type]
+                share=device.share,
+                evidence_count=device.evidence_count,
+            )
+            for device in portrait.preferred_devices
+        ],
+        preferred_channels=[
+            user_portrait_pb2.ChannelPreference(
+                channel=channel.code,  # type: ignore[arg-type]
+                share=channel.share,
+                evidence_count=channel.evidence_count,
+            )
+            for channel in portrait.preferred_channels
+        ],
+        discount_sensitivity=estimate(portrait.discount_sensitivity),
+        satisfaction=estimate(portrait.satisfaction),
+        purchase_interval_days=estimate(portrait.purchase_interval_days),
     )
     if portrait.first_us is not None and portrait.last_us is not None:
         message.first_event_time.CopyFrom(timestamp(portrait.first_us))
@@ -316,9 +335,9 @@ def timestamp(time_us: int) -> Timestamp:
 def comparison(compared: Comparison) -> profile_service_pb2.CompareProfilesResponse:
     """Returns the message of a comparison."""
     return profile_service_pb2.CompareProfilesResponse(
-        embedding_similarity=_estimate(compared.embedding_similarity),
-        interest_similarity=_estimate(compared.interest_similarity),
-        item_overlap=_estimate(compared.item_overlap),
+        embedding_similarity=estimate(compared.embedding_similarity),
+        interest_similarity=estimate(compared.interest_similarity),
+        item_overlap=estimate(compared.item_overlap),
         shared_interests=[
             profile_service_pb2.SharedInterest(first=_interest(first), second=_interest(second))
             for first, second in compared.shared_interests
@@ -340,7 +359,8 @@ def _interest(interest: domain.Interest) -> user_portrait_pb2.Interest:
     )
 
 
-def _estimate(estimate: domain.Estimate) -> user_portrait_pb2.Estimate:
+def estimate(known: domain.Estimate) -> user_portrait_pb2.Estimate:
+    """Returns the message of a number and how sure it is."""
     return user_portrait_pb2.Estimate(
-        value=estimate.value, evidence_count=estimate.evidence_count, confidence=estimate.confidence
+        value=known.value, evidence_count=known.evidence_count, confidence=known.confidence
     )

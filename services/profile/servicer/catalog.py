@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 import grpc
 from shopkeeper.profile.v1 import (
@@ -19,12 +18,19 @@ from shopkeeper.profile.v1 import (
 
 from services.profile.converters import item_imports as imports
 from services.profile.converters import items as converters
+from services.profile.converters.item_portraits import item_portrait
 from services.profile.converters.profiles import resume_watermark
 from services.profile.use_cases.catalogue import Catalogue
 from services.profile.use_cases.item_imports import ManageItemImports
-from shared.errors import Unimplemented
+from services.profile.use_cases.item_portraits import ItemPortraits
 from shared.identity import normalise_item_id
+from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
+
+# Where the caller sets no deadline.
+DEFAULT_PATIENCE_SECONDS = 5.0
+# An answer needs a moment to travel, too.
+ANSWER_SECONDS = 0.01
 
 
 class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
@@ -38,12 +44,14 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
     def __init__(
         self,
         catalogue: Catalogue,
+        portraits: ItemPortraits,
         manage_imports: ManageItemImports,
         signer: TokenSigner,
         clock_us: Callable[[], int],
         stopped: threading.Event,
     ) -> None:
         self._catalogue = catalogue
+        self._portraits = portraits
         self._imports = manage_imports
         self._stopped = stopped
         self._signer = signer
@@ -106,8 +114,10 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
     def GetItemPortrait(
         self, request: pb.GetItemPortraitRequest, context: grpc.ServicerContext
     ) -> item_portrait_pb2.ItemPortrait:
-        """Not built yet."""
-        _not_built("Read the item with GetItem.")
+        """See the contract."""
+        item_id = normalise_item_id(request.item_id, "item_id")
+        patience = time_remaining_seconds(context, DEFAULT_PATIENCE_SECONDS) - ANSWER_SECONDS
+        return item_portrait(self._portraits.portrait(item_id, max(0.0, patience)))
 
     def ImportItems(
         self, request: pb.ImportItemsRequest, context: grpc.ServicerContext
@@ -142,7 +152,3 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
     ) -> item_import_pb2.ItemImport:
         """See the contract."""
         return imports.import_message(self._imports.cancel(request.import_id))
-
-
-def _not_built(instead: str) -> NoReturn:
-    raise Unimplemented("NOT_BUILT_YET", f"This part of the contract is not built yet. {instead}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from typing import NoReturn
 
 import grpc
 from google.protobuf import empty_pb2
@@ -18,15 +18,17 @@ from shopkeeper.profile.v1 import (
 )
 
 from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk
+from services.profile.converters.item_imports import request_id_of
 from services.profile.converters.profiles import ProfileConverter, comparison, invalid
+from services.profile.converters.rebuilds import rebuild_message
 from services.profile.converters.segment_language import parse_filter
 from services.profile.converters.segments import SegmentConverter, revision, segment_id, version_wanted
 from services.profile.domain.churn_risk import ChurnRisk
 from services.profile.domain.messages import Reading
 from services.profile.use_cases.churn import ChurnWatch, Members, Scores
 from services.profile.use_cases.profiles import Profiles
+from services.profile.use_cases.rebuilds import ManageRebuilds
 from services.profile.use_cases.segments import SegmentMembers, Segments
-from shared.errors import Unimplemented
 from shared.server import time_remaining_seconds
 from shared.tokens import Watermark
 
@@ -39,11 +41,13 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
 
     Args:
         catch_up_seconds: patience with the log where the caller set no deadline.
+        stopped: set when streams must end.
     """
 
     def __init__(
         self,
         profiles: Profiles,
+        rebuilds: ManageRebuilds,
         converter: ProfileConverter,
         churn: ChurnWatch,
         churn_converter: ChurnConverter,
@@ -51,6 +55,7 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         members: SegmentMembers,
         segment_converter: SegmentConverter,
         catch_up_seconds: float,
+        stopped: threading.Event,
     ) -> None:
         self._profiles = profiles
         self._converter = converter
@@ -60,6 +65,8 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         self._members = members
         self._segment_converter = segment_converter
         self._catch_up_seconds = catch_up_seconds
+        self._rebuilds = rebuilds
+        self._stopped = stopped
 
     def GetProfile(self, request: pb.GetProfileRequest, context: grpc.ServicerContext) -> pb.Profile:
         """See the contract."""
@@ -196,24 +203,25 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
     def RebuildProfiles(
         self, request: pb.RebuildProfilesRequest, context: grpc.ServicerContext
     ) -> rebuild_pb2.Rebuild:
-        """Not built yet."""
-        _no_rebuild()
+        """See the contract."""
+        return rebuild_message(self._rebuilds.begin(request_id_of(request.request_id)))
 
     def GetRebuild(self, request: pb.GetRebuildRequest, context: grpc.ServicerContext) -> rebuild_pb2.Rebuild:
-        """Not built yet."""
-        _no_rebuild()
+        """See the contract."""
+        return rebuild_message(self._rebuilds.get(request.rebuild_id))
 
     def WatchRebuild(
         self, request: pb.WatchRebuildRequest, context: grpc.ServicerContext
     ) -> Iterator[rebuild_pb2.Rebuild]:
-        """Not built yet."""
-        _no_rebuild()
+        """See the contract."""
+        for rebuild in self._rebuilds.watch(request.rebuild_id, self._stopped, context.is_active):
+            yield rebuild_message(rebuild)
 
     def CancelRebuild(
         self, request: pb.CancelRebuildRequest, context: grpc.ServicerContext
     ) -> rebuild_pb2.Rebuild:
-        """Not built yet."""
-        _no_rebuild()
+        """See the contract."""
+        return rebuild_message(self._rebuilds.cancel(request.rebuild_id))
 
     def _profile(self, reading: Reading, watermark: Watermark, view: int) -> pb.Profile:
         user_key = self._profiles.stands_for(reading.user_key)
@@ -232,16 +240,8 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         return max(0.0, time_remaining_seconds(context, self._catch_up_seconds) - ANSWER_SECONDS)
 
 
-def _not_built(instead: str) -> NoReturn:
-    raise Unimplemented("NOT_BUILT_YET", f"This part of the contract is not built yet. {instead}")
-
-
 def _risk_message(scores: Scores, risk: ChurnRisk) -> user_portrait_pb2.ChurnRisk:
     shoppers = scores.shoppers
     return churn_risk(
         risk, shoppers.model.horizon_days, shoppers.currency_code, shoppers.as_of_us, scores.version
     )
-
-
-def _no_rebuild() -> NoReturn:
-    _not_built("Portraits are folded from the log when they are read; there is nothing to rebuild.")

@@ -50,6 +50,8 @@ _ROW = np.dtype(
         ("price_micros", ">i8"),
         ("value", ">f4"),
         ("personalisation", "u1"),
+        ("device", ">i2"),
+        ("channel", ">i2"),
     ]
 )
 
@@ -58,12 +60,12 @@ _PACKED = f"""
         user_key || uuid_send(event_key) || int2send(line) || int2send(kind)
         || timestamptz_send(occurred_at) || float4send(coalesce(quantity, 'NaN'::real))
         || int8send(coalesce(price_micros, {_NO_PRICE})) || float4send(coalesce(value, 'NaN'::real))
-        || boolsend(personalisation), ''::bytea),
+        || boolsend(personalisation) || int2send(device) || int2send(channel), ''::bytea),
     array_agg(item_id), array_agg(currency_code)
 """
 _COLUMNS = (
     "user_key, event_key, line, kind, occurred_at, quantity, price_micros, value, personalisation, "
-    "item_id, currency_code"
+    "device, channel, item_id, currency_code"
 )
 
 _POLL = trusted_sql(f"""
@@ -199,7 +201,7 @@ class PostgresEventLog:
         chunks = [chunk for chunk in chunks if chunk[0] is not None]
         rows = np.frombuffer(b"".join(bytes(packed) for packed, _, _ in chunks), _ROW)
         events = np.zeros(len(rows), EVENT)
-        for name in ("key_high", "key_low", "line", "kind", "quantity", "value"):
+        for name in ("key_high", "key_low", "line", "kind", "quantity", "value", "device", "channel"):
             events[name] = rows[name]
         events["occurred_at_us"] = rows["occurred_at"].astype(np.int64) + _POSTGRES_EPOCH_US
         priced = rows["price_micros"] != _NO_PRICE

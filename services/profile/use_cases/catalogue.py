@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, PriceLevels, WriteResult, WriteStatus
 from services.profile.domain.messages import ItemsMessage
@@ -15,8 +15,10 @@ from shared.errors import NotFound, Unavailable
 from shared.tokens import Watermark
 
 POLL_SECONDS = 0.25
-PRICE_LEVELS_MAX_AGE_US = 5_000_000
+SHELVES_MAX_AGE_US = 5_000_000
 MAX_RETRY_SECONDS = 2.0
+MAX_TASTES = 20
+MAX_TASTE_CHARACTERS = 64
 MAX_ITEMS_IN_MESSAGE = 1000
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -28,6 +30,7 @@ class Record:
     Attributes:
         encoded: as it goes to watchers; None when deleted.
         xid: the transaction that wrote it last.
+        tastes: attributes that a taste may be about.
     """
 
     item_id: str
@@ -36,7 +39,55 @@ class Record:
     category_path: tuple[str, ...]
     brand: str
     price_micros: int | None
+    list_price_micros: int | None
     currency_code: str
+    tastes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shelves:
+    """What the catalogue as a whole says of its shelves, (top category, currency), and so of an item.
+
+    Attributes:
+        discount_shares: of the items with a list price those that sell below it.
+        facts: by place, with the record that they were made of.
+    """
+
+    levels: PriceLevels = field(default_factory=PriceLevels)
+    discount_shares: dict[tuple[str, str], float] = field(default_factory=dict)
+    facts: dict[int, tuple[Record, ItemFacts]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> _Shelves:
+        counts: dict[tuple[str, str], list[int]] = {}
+        priced = []
+        for record in records:
+            if record.price_micros is None or not record.category_path or record.encoded is None:
+                continue
+            shelf = (record.category_path[0], record.currency_code)
+            priced.append((*shelf, record.price_micros))
+            if record.list_price_micros:
+                count = counts.setdefault(shelf, [0, 0])
+                count[0] += record.price_micros < record.list_price_micros
+                count[1] += 1
+        shares = {shelf: below / listed for shelf, (below, listed) in counts.items()}
+        return cls(PriceLevels.of(priced), shares)
+
+
+def tastes(item: Item) -> tuple[tuple[str, str], ...]:
+    """Returns the attributes of an item that a taste may be about: short texts, and flags that are set.
+
+    A number is a measure, not a taste.
+    """
+    found: dict[str, str] = {}
+    for attribute in item.attributes:
+        if attribute.value is True:
+            found[attribute.key] = "true"
+        elif isinstance(attribute.value, str) and 0 < len(attribute.value) <= MAX_TASTE_CHARACTERS:
+            found[attribute.key] = attribute.value
+        if len(found) == MAX_TASTES:
+            break
+    return tuple(found.items())
 
 
 class Catalogue:
@@ -66,10 +117,10 @@ class Catalogue:
         self._subscriptions: Subscriptions[int] = Subscriptions(
             lambda count: metrics.watchers("items", count)
         )
-        self._price_levels = PriceLevels()
-        self._price_levels_time_us = 0
-        self._price_levels_stale = True
-        self._price_lock = threading.Lock()
+        self._shelves = _Shelves()
+        self._shelves_time_us = 0
+        self._shelves_stale = True
+        self._shelves_lock = threading.Lock()
         self._nudged = threading.Event()
         self._stopping = threading.Event()
         self.problem = ""
@@ -110,16 +161,38 @@ class Catalogue:
         items = self._store.page(item_filter, after_item_id, size + 1)
         return items[:size], len(items) > size
 
+    def has(self, item_id: str) -> bool:
+        """Returns whether the catalogue in memory holds an item that is not deleted."""
+        place = self._place_of.get(item_id)
+        return place is not None and self._records[place].encoded is not None
+
     def facts(self, item_id: str) -> ItemFacts:
         """Returns what portraits need of an item; nothing is known of an item that is not there."""
         place = self._place_of.get(item_id)
         if place is None:
             return UNKNOWN_ITEM
         record = self._records[place]
-        level = None
+        shelves = self._shelves_of_now()
+        known = shelves.facts.get(place)
+        # Of this very record: a write may have come between.
+        if known is not None and known[0] is record:
+            return known[1]
+        level, discount_share = None, 0.0
         if record.price_micros is not None and record.category_path:
-            level = self._levels().level(record.category_path[0], record.currency_code, record.price_micros)
-        return ItemFacts(record.category_path, record.brand, level)
+            shelf = (record.category_path[0], record.currency_code)
+            level = shelves.levels.level(*shelf, record.price_micros)
+            discount_share = shelves.discount_shares.get(shelf, 0.0)
+        facts = ItemFacts(
+            record.category_path,
+            record.brand,
+            level,
+            record.tastes,
+            record.list_price_micros,
+            record.currency_code,
+            discount_share,
+        )
+        shelves.facts[place] = (record, facts)
+        return facts
 
     def nudge(self) -> None:
         """Makes the next poll begin at once."""
@@ -262,7 +335,9 @@ class Catalogue:
                 item.category_path,
                 item.brand,
                 item.price_micros,
+                item.list_price_micros,
                 item.currency_code,
+                tastes(item),
             )
             place = self._place_of.get(item.item_id)
             if place is None:
@@ -274,22 +349,20 @@ class Catalogue:
                 self._records[place] = record
             places.append(place)
         if places:
-            self._price_levels_stale = True
+            self._shelves_stale = True
         return places
 
-    def _levels(self) -> PriceLevels:
+    def _shelves_of_now(self) -> _Shelves:
+        if not self._shelves_stale:
+            return self._shelves
         now_us = self._clock_us()
-        due = self._price_levels_stale and now_us - self._price_levels_time_us > PRICE_LEVELS_MAX_AGE_US
-        # One thread sorts; the others go on with the levels of a moment ago.
-        if due and self._price_lock.acquire(blocking=False):
+        due = now_us - self._shelves_time_us > SHELVES_MAX_AGE_US
+        # One thread sorts; the others go on with the shelves of a moment ago.
+        if due and self._shelves_lock.acquire(blocking=False):
             try:
-                self._price_levels_stale = False
-                self._price_levels = PriceLevels.of(
-                    (record.category_path[0], record.currency_code, record.price_micros)
-                    for record in self._records
-                    if record.price_micros is not None and record.category_path and record.encoded
-                )
-                self._price_levels_time_us = now_us
+                self._shelves_stale = False
+                self._shelves = _Shelves.of(self._records)
+                self._shelves_time_us = now_us
             finally:
-                self._price_lock.release()
-        return self._price_levels
+                self._shelves_lock.release()
+        return self._shelves

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from services.profile.ports import EventLog, Metrics
+from services.profile.ports import EventLog, LogChanges, Metrics
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.subscriptions import Subscription, Subscriptions
@@ -28,6 +28,7 @@ class LogFollower:
 
     Args:
         clock_us: microseconds since 1970.
+        warm: fills the memory at the start, and returns the snapshot that it reflects; None where nothing did.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class LogFollower:
         merged: MergedUsers,
         metrics: Metrics,
         clock_us: Callable[[], int],
+        warm: Callable[[], Watermark | None] = lambda: None,
     ) -> None:
         self._log = log
         self._histories = histories
         self._merged = merged
         self._metrics = metrics
         self._clock_us = clock_us
+        self._warm = warm
         self._subscriptions: Subscriptions[UserKey] = Subscriptions(
             lambda count: metrics.watchers("profiles", count)
         )
@@ -114,6 +117,12 @@ class LogFollower:
         begun = time.perf_counter()
         since = self._watermark
         changes = self._log.poll(since, MAX_EVENTS_IN_POLL)
+        if since is None:
+            # Who was erased, and who stands for whom, is known from here on.
+            self._take_names(changes)
+            since = self._warm()
+            if since is not None:
+                changes = self._log.poll(since, MAX_EVENTS_IN_POLL)
         time_us = self._clock_us()
         rewound = since is not None and changes.watermark.xmax < since.xmax
         if changes.overflow or rewound:
@@ -121,11 +130,7 @@ class LogFollower:
             self._histories.clear()
             self._subscriptions.reset()
         # First of all: from here on events of a merged id are another's.
-        moved, gone = self._merged.apply(changes.merged)
-        erased, lessened = self._merged.erase([*changes.erased, *gone])
-        if erased:
-            self._histories.erase(erased)
-        anew = [*moved, *lessened, *(self._merged.of(user_key) for user_key in changes.reconsented)]
+        erased, anew = self._take_names(changes)
         if anew:
             self._histories.forget(anew)
         events = self._merged.join(changes.events)
@@ -140,6 +145,16 @@ class LogFollower:
             self._polls_ended = self._polls_begun
             self._moved.notify_all()
         self._metrics.polled(len(changes.events), time.perf_counter() - begun)
+
+    def _take_names(self, changes: LogChanges) -> tuple[list[UserKey], list[UserKey]]:
+        """Takes in who was merged and erased; returns the erased, and those whose history is another now."""
+        moved, gone = self._merged.apply(changes.merged)
+        erased, lessened = self._merged.erase([*changes.erased, *gone])
+        if erased:
+            self._histories.erase(erased)
+        return erased, [
+            *moved, *lessened, *(self._merged.of(user_key) for user_key in changes.reconsented),
+        ]  # fmt: skip
 
     def catch_up(self, token: ConsistencyToken, timeout_seconds: float) -> Watermark:
         """Waits until the shoppers in memory reflect the token's commit; returns the watermark.

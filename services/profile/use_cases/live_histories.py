@@ -12,38 +12,48 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from services.profile.domain.events import EMPTY_WINDOW, MAX_HISTORY_EVENTS, EventBatch, Events, EventWindow
+import numpy as np
+
+from services.profile.domain.events import EMPTY_WINDOW, EVENT, EventBatch, Events, EventWindow
 from services.profile.domain.messages import Reading
+from services.profile.domain.packing import pack, unpack
 from services.profile.ports import EventLog, Metrics
 from shared.errors import DeadlineExceeded, ShopkeeperError, Unavailable
 from shared.identity import UserKey
 
 MAX_USERS_IN_LOAD = 1000
+MAX_PENDING_BYTES = 32 * EVENT.itemsize
 
 
 class _HotUser:
-    __slots__ = ("pending", "pending_count", "version", "window")
+    """A shopper in memory, as bytes: a million of them must fit."""
+
+    __slots__ = ("consented", "packed", "pending", "truncated", "version")
 
     def __init__(self, window: EventWindow, version: int) -> None:
-        self.window = window
-        self.pending: list[Events] = []
-        self.pending_count = 0
+        self._keep(window)
+        self.pending = b""
         self.version = version
 
+    def _keep(self, window: EventWindow) -> None:
+        self.packed = pack(window.events_W)
+        self.truncated = window.truncated
+        self.consented = window.consented
+
     def add(self, events: Events, version: int) -> None:
-        # Sorting waits for a reader; only the memory of it is bounded here.
-        self.pending.append(events)
-        self.pending_count += len(events)
+        # Sorting and packing wait for a reader; only the memory of it is bounded here.
+        self.pending += events.tobytes()
         self.version = version
-        if self.pending_count > MAX_HISTORY_EVENTS:
+        if len(self.pending) > MAX_PENDING_BYTES:
             self.settle()
 
     def settle(self) -> EventWindow:
+        window = EventWindow(unpack(self.packed), self.truncated, self.consented)
         if self.pending:
-            self.window = self.window.merge(*self.pending)
-            self.pending.clear()
-            self.pending_count = 0
-        return self.window
+            window = window.merge(np.frombuffer(self.pending, EVENT))
+            self._keep(window)
+            self.pending = b""
+        return window
 
 
 class _Flight:
@@ -69,7 +79,7 @@ class LiveHistories:
 
     def __init__(self, log: EventLog, capacity: int, metrics: Metrics) -> None:
         self._log = log
-        self._capacity = capacity
+        self.capacity = capacity
         self._metrics = metrics
         self._lock = threading.Lock()
         self._hot: OrderedDict[UserKey, _HotUser] = OrderedDict()
@@ -121,6 +131,19 @@ class LiveHistories:
             readings[user_key] = flight.reading
         return readings
 
+    def warm(self, user_key: UserKey, window: EventWindow) -> None:
+        """Takes a shopper into memory who is complete up to where the follower will go on from.
+
+        Called before the follower's first poll. One who is erased, or in memory, stays as they are.
+        """
+        with self._lock:
+            if user_key in self._erased or user_key in self._hot or len(self._hot) >= self.capacity:
+                return
+            self._version += 1
+            self._hot[user_key] = _HotUser(window, self._version)
+            # Who comes first was active last: they are the last to be dropped.
+            self._hot.move_to_end(user_key, last=False)
+
     def apply(self, batch: EventBatch) -> None:
         """Adds new events to those shoppers who are in memory or being loaded."""
         with self._lock:
@@ -131,12 +154,12 @@ class LiveHistories:
                 flight = flights.get(user_key)
                 if (entry is None and flight is None) or user_key in self._erased:
                     continue
-                # A copy: a slice would keep the whole batch in memory.
-                events = batch.events[batch.bounds[user] : batch.bounds[user + 1]].copy()
+                events = batch.events[batch.bounds[user] : batch.bounds[user + 1]]
                 if entry is not None:
                     entry.add(events, self._version)
                 if flight is not None:
-                    flight.arrived.append(events)
+                    # A copy: a slice would keep the whole batch in memory.
+                    flight.arrived.append(events.copy())
 
     def erase(self, user_keys: Sequence[UserKey]) -> None:
         """Drops erased shoppers, who stay empty for ever.
@@ -204,7 +227,7 @@ class LiveHistories:
                 flight.reading = Reading(user_key, window, self._version)
                 del self._flights[user_key]
                 flight.done.set()
-            while len(self._hot) > self._capacity:
+            while len(self._hot) > self.capacity:
                 self._hot.popitem(last=False)
             self._metrics.hot(len(self._hot))
         return again

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from services.profile.domain.comparison import Comparison, compare
 from services.profile.domain.events import NO_ITEM, Vocabulary
 from services.profile.domain.messages import ProfilesMessage, Reading
-from services.profile.domain.portrait import ItemLookup, Portrait, Summary, fold_portrait, fold_summary
+from services.profile.domain.portrait import ItemLookup, Portrait, Summary
+from services.profile.domain.portrait_fold import fold_portrait, fold_summary
 from services.profile.ports import Merges
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.live_histories import LiveHistories

@@ -37,6 +37,15 @@ CONFIGURATION_REFUSED = Counter(
     "Documents of serving configs and rules that were left out, by kind.",
     ["kind"],
 )
+SHADOW_OVERLAP = Histogram(
+    "shopkeeper_recommend_shadow_overlap",
+    "Share of a page that a shadow model has too, by serving config.",
+    ["serving_config"],
+    buckets=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+SHADOW_SKIPPED = Counter(
+    "shopkeeper_recommend_shadow_skipped_total", "Comparisons that were not made, by why.", ["cause"]
+)
 MODEL_SWAPS = Counter("shopkeeper_recommend_model_swaps_total", "Versions that were put into service.")
 
 

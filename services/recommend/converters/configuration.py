@@ -20,6 +20,7 @@ from services.recommend.converters.responses import timestamp_of
 from services.recommend.domain.rules import Action, Cap, Exclude, GroupBy, MinimumShare, Pin, Rule, Shift
 from services.recommend.domain.serving_config import (
     PLACEMENT_POLICIES,
+    DiversityAlgorithm,
     PlacementPolicy,
     Scorer,
     ServingConfig,
@@ -36,10 +37,7 @@ MAX_RULES = 100
 MAX_PINS = 100
 MAX_PLACEMENTS = 100
 _OUTPUT_ONLY = frozenset({"built_in", "version", "create_time", "update_time"})
-_NOT_BUILT = {
-    "sources": "leave it out: the scorer implies its sources",
-    "shadow_model_alias": "leave it empty",
-}
+_NOT_BUILT = {"sources": "leave it out: the scorer implies its sources"}
 
 
 class ConfigurationConverter:
@@ -115,22 +113,20 @@ class ConfigurationConverter:
             check.wrong("scorer", f"{message.scorer} is not a value of its enum")
         elif message.scorer:
             scorer = Scorer(scorer_name)
+        named = {
+            field: check.name(field, getattr(message, field), "")
+            for field in ("model", "model_alias", "shadow_model_alias")
+        }
         for field, served in (("model", self._model), ("model_alias", self._alias)):
-            named = getattr(message, field)
-            if named and named != served:
-                raise Unimplemented(
-                    "NOT_BUILT_YET",
-                    f"{prefix}{field} other than {served} is not built yet; leave it empty, and run a second "
-                    "service that follows the other alias.",
-                )
+            if named[field] == served:
+                named[field] = ""
         alpha = message.cosine_alpha if message.HasField("cosine_alpha") else 0.5
         _within(check, "cosine_alpha", alpha, 0, 10)
         diversity = message.diversity
+        algorithm = DiversityAlgorithm.MMR
         if diversity.algorithm == serving_config_pb2.Diversity.ALGORITHM_DPP:
-            raise Unimplemented(
-                "NOT_BUILT_YET", f"{prefix}diversity.algorithm ALGORITHM_DPP is not built yet; use MMR."
-            )
-        if not _enum_name(serving_config_pb2.Diversity.Algorithm, diversity.algorithm):
+            algorithm = DiversityAlgorithm.DPP
+        elif not _enum_name(serving_config_pb2.Diversity.Algorithm, diversity.algorithm):
             check.wrong("diversity.algorithm", f"{diversity.algorithm} is not a value of its enum")
         _within(check, "diversity.strength", diversity.strength, 0, 1)
         _within(check, "diversity.depth", diversity.depth, 0, 500)
@@ -166,11 +162,15 @@ class ConfigurationConverter:
             scorer=scorer,
             diversity_strength=diversity.strength,
             diversity_depth=diversity.depth or 100,
+            diversity_algorithm=algorithm,
             placement_policies=policies,
             cosine_alpha=alpha,
             exploration_slots=message.exploration.slots,
             exploration_probability=message.exploration.probability,
             rule_ids=rule_ids,
+            model=named["model"],
+            model_alias=named["model_alias"],
+            shadow_model_alias=named["shadow_model_alias"],
             built_in=False,
         )
 
@@ -321,8 +321,9 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
             for policy in config.placement_policies.values()
         ],
         rule_ids=config.rule_ids,
-        model="main",
-        model_alias="production",
+        model=config.model or "main",
+        model_alias=config.model_alias or "production",
+        shadow_model_alias=config.shadow_model_alias,
         built_in=config.built_in,
         version=config.version,
         etag=config.etag,
@@ -335,7 +336,7 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
     if config.diversity_strength > 0:
         message.diversity.CopyFrom(
             serving_config_pb2.Diversity(
-                algorithm=serving_config_pb2.Diversity.ALGORITHM_MMR,
+                algorithm=serving_config_pb2.Diversity.Algorithm.Value(config.diversity_algorithm.value),
                 strength=config.diversity_strength,
                 depth=config.diversity_depth,
             )

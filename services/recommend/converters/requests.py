@@ -153,6 +153,7 @@ class RequestConverter:
             with_records=request.item_view != pb.ITEM_VIEW_ID,
             context_item_id=context_item_id,
             variant=check.variant(request.variant),
+            assignable="serving_config" in fields and not request.serving_config and not request.variant,
             window_seconds=check.window(request) if kind is ListKind.TRENDING else DEFAULT_WINDOW_SECONDS,
         )
         fingerprint, page = _fingerprint(query), query.page

@@ -12,7 +12,7 @@ from shopkeeper.recommend.v1 import recommendation_pb2
 
 from services.recommend.domain.recommendation import Answer, Degradation, Explanation, Freshness, Reason
 from services.recommend.domain.rehearsal import Rehearsal
-from services.recommend.domain.status import ServiceStatus
+from services.recommend.domain.status import ModelState, ServiceStatus
 from shared.tokens import TokenSigner
 
 
@@ -262,28 +262,31 @@ def rehearsal_of(rehearsal: Rehearsal) -> pb.RehearseRuleResponse:
     return response
 
 
+def _served_model_of(state: ModelState) -> pb.GetModelStatusResponse.ServedModel:
+    served = pb.GetModelStatusResponse.ServedModel(
+        model=state.model_name,
+        alias=state.alias,
+        version=state.version,
+        item_count=state.item_count,
+        dimension=state.dimension,
+        max_history=state.max_history,
+        swap_count=state.swap_count,
+    )
+    if state.created_time is not None:
+        served.create_time.CopyFrom(timestamp_of(state.created_time))
+    if state.loaded_time is not None:
+        served.load_time.CopyFrom(timestamp_of(state.loaded_time))
+    return served
+
+
 def status_of(status: ServiceStatus) -> pb.GetModelStatusResponse:
     """Returns the message of the service's state."""
-    models = status.models
-    served = pb.GetModelStatusResponse.ServedModel(
-        model=models.model_name,
-        alias=models.alias,
-        version=models.version,
-        item_count=models.item_count,
-        dimension=models.dimension,
-        max_history=models.max_history,
-        swap_count=models.swap_count,
-    )
-    if models.created_time is not None:
-        served.create_time.CopyFrom(timestamp_of(models.created_time))
-    if models.loaded_time is not None:
-        served.load_time.CopyFrom(timestamp_of(models.loaded_time))
     response = pb.GetModelStatusResponse(
-        models=[served],
+        models=[_served_model_of(state) for state in status.models],
         degraded=[degradation_of(degradation) for degradation in status.degraded],
         start_time=timestamp_of(status.start_time),
     )
-    for refusal in models.refused:
+    for refusal in (refusal for state in status.models for refusal in state.refused):
         response.refused.add(
             model=refusal.model,
             version=refusal.version,

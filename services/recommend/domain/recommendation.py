@@ -145,6 +145,7 @@ class Query:
         consistency: the token, and its text for whoever must be asked.
         page_size: in [1, 100], or 0 for the placement's default.
         window_seconds: of TRENDING.
+        assignable: serving config and variant are left to the experiment on the placement, if there is one.
         fingerprint: digest of all fields but the page, by which a page token knows its request.
     """
 
@@ -169,6 +170,7 @@ class Query:
     context_item_id: str = ""
     variant: str = ""
     window_seconds: float = 86_400.0
+    assignable: bool = False
     fingerprint: bytes = b""
 
     def as_explained(self) -> Query:

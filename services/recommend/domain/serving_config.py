@@ -16,6 +16,13 @@ class Scorer(Enum):
     ITEM_TO_ITEM = "SCORER_ITEM_TO_ITEM"
 
 
+class DiversityAlgorithm(Enum):
+    """How likeness is paid for; named as in the contract."""
+
+    MMR = "ALGORITHM_MMR"
+    DPP = "ALGORITHM_DPP"
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementPolicy:
     """What is particular to one placement.
@@ -61,6 +68,8 @@ class ServingConfig:
         exploration_slots: how many slots of a page may explore, in [0, 10].
         exploration_probability: with which each of them does, in [0, 1].
         rule_ids: the rules that apply, in order.
+        model, model_alias: which version serves; "" each for the service's own.
+        shadow_model_alias: answers beside it and is compared, never shown; "" is none.
         version: counts the changes, from 1.
         create_time, update_time: seconds since 1970; None for built-in ones.
     """
@@ -70,16 +79,27 @@ class ServingConfig:
     scorer: Scorer
     diversity_strength: float = 0.0
     diversity_depth: int = 100
+    diversity_algorithm: DiversityAlgorithm = DiversityAlgorithm.MMR
     cosine_alpha: float = 0.5
     exploration_slots: int = 0
     exploration_probability: float = 0.0
     rule_ids: tuple[str, ...] = ()
+    model: str = ""
+    model_alias: str = ""
+    shadow_model_alias: str = ""
     built_in: bool = True
     version: int = 1
     etag: str = ""
     create_time: float | None = None
     update_time: float | None = None
     placement_policies: Mapping[str, PlacementPolicy] = field(default_factory=lambda: PLACEMENT_POLICIES)
+
+    def models(self) -> list[tuple[str, str]]:
+        """Returns the (model, alias) that it serves with and beside, "" for the service's own."""
+        named = [(self.model, self.model_alias)]
+        if self.shadow_model_alias:
+            named.append((self.model, self.shadow_model_alias))
+        return named
 
     def policy(self, placement: str) -> PlacementPolicy:
         """Returns the placement's policy; a placement that nobody named is like "home"."""

@@ -57,9 +57,9 @@ class StreamState:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """The state of this process; `start_time` is in seconds since 1970."""
+    """The state of this process, its own model first; `start_time` is in seconds since 1970."""
 
-    models: ModelState
+    models: Sequence[ModelState]
     streams: Sequence[StreamState]
     degraded: Sequence[Degradation]
     start_time: float

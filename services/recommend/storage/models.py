@@ -37,6 +37,8 @@ from shared.telemetry import get_logger
 _LOGGER = get_logger("recommend.models")
 _MAX_REFUSED = 10
 _PENDING_RETRY_SECONDS = 1.0
+_MOST_KEPT_ITEMS = 2_000_000
+"""Items up to which the version before is kept in memory, for a rollback."""
 _MAX_UNIT_VECTORS = 200_000
 """Items up to which vectors of length 1 are kept beside the model's own; beyond, memory matters more."""
 
@@ -217,6 +219,7 @@ class ModelWatcher:
         self._seen: tuple[int, int, int] | None = None
         self._retry_at: float | None = None
         self._model: BundleModel | None = None
+        self._previous: BundleModel | None = None
         self._state = ModelState(model, alias)
 
     def current(self) -> BundleModel | None:
@@ -230,6 +233,14 @@ class ModelWatcher:
         """Looks once, then follows the alias in the background."""
         self.look()
         self._thread.start()
+
+    def start_in_background(self) -> None:
+        """Follows the alias; the first look is taken in the background too."""
+        self._thread.start()
+
+    def stop_soon(self) -> None:
+        """Ends the following, without waiting for it."""
+        self._stop.set()
 
     def stop(self) -> None:
         """Ends the following."""
@@ -261,6 +272,7 @@ class ModelWatcher:
             self._refuse(version, "UNREADABLE", f"{type(error).__name__}: {error}")
 
     def _run(self) -> None:
+        self.look()
         while not self._stop.wait(self._poll_seconds):
             self.look()
 
@@ -273,10 +285,16 @@ class ModelWatcher:
 
     def _put_into_service(self, version: str) -> None:
         began = time.monotonic()
-        bundle = load_bundle(self._registry.version_path(self._model_name, version), self._public_key)
-        model = BundleModel(bundle, self._index, most_exact=self._most_exact)
-        _warm(model)
+        # A rollback takes effect at once, however long its version took to load: it was verified then, and its
+        # arrays have been in memory since.
+        model = self._previous
+        if model is None or model.version != version:
+            bundle = load_bundle(self._registry.version_path(self._model_name, version), self._public_key)
+            model = BundleModel(bundle, self._index, most_exact=self._most_exact)
+            _warm(model)
         self._on_loaded(model)
+        kept = self._model
+        self._previous = kept if kept is not None and kept.item_count <= _MOST_KEPT_ITEMS else None
         previous, self._model = self._state.version, model
         self._state = replace(
             self._state,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from services.recommend.domain.ranking import maximal_marginal_relevance, top_rows
+from services.recommend.domain.ranking import top_rows
 from services.recommend.domain.recommendation import (
     Explanation,
     Query,
@@ -18,6 +18,7 @@ from services.recommend.domain.recommendation import (
 )
 from services.recommend.ports import Float32
 from services.recommend.use_cases.recommender import Ranking, Recommender
+from services.recommend.use_cases.selection import REORDERINGS
 from shared.errors import NotFound
 
 _FINDING_OF_VERDICT = {
@@ -101,7 +102,8 @@ class Explainer:
             return place
         rows = top_rows(order_R, unseen_R, depth)
         vectors_CD = model.unit_vectors(model.indices_of(rows))
-        order = maximal_marginal_relevance(order_R[rows], vectors_CD, ranking.strength, len(rows))
+        reorder = REORDERINGS[ranking.config.diversity_algorithm]
+        order = reorder(order_R[rows], vectors_CD, ranking.strength, len(rows))
         return int(np.flatnonzero(rows[order] == row)[0]) + 1
 
 

@@ -8,7 +8,7 @@ the items of the page alone. The first thing that a request does is to take one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -33,7 +33,15 @@ from services.recommend.domain.recommendation import (
 )
 from services.recommend.domain.rules import Rule
 from services.recommend.domain.serving_config import PlacementPolicy, Scorer, ServingConfig
-from services.recommend.ports import CatalogStream, Clock, FilterParser, Float32, Model, Observer
+from services.recommend.ports import (
+    CatalogStream,
+    Clock,
+    Experiments,
+    FilterParser,
+    Float32,
+    Model,
+    Observer,
+)
 from services.recommend.use_cases.configs import Configuration, ServingConfigs
 from services.recommend.use_cases.eligibility import (
     Eligibility,
@@ -61,9 +69,11 @@ from services.recommend.use_cases.scoring import (
     trending_scores,
 )
 from services.recommend.use_cases.selection import Selection, Tier, select
-from services.recommend.use_cases.world import World, WorldHolder
+from services.recommend.use_cases.shadow import Shadow
+from services.recommend.use_cases.world import World, Worlds
 from shared.errors import NotFound
 from shared.event_kinds import EventKind
+from shared.experiments import assign
 from shared.tokens import AttributionToken
 
 MAX_PAGE_SIZE = 100
@@ -76,6 +86,7 @@ _ENCODE_SECONDS = 0.002
 _DIVERSITY_SECONDS = 0.001
 _EXPLANATION_SECONDS = 0.005
 _CART_EVENTS = 100
+_SHADOW_SECONDS = 5.0
 _BEHIND_THE_PAGE = 200
 """Candidates behind the page from which rules and exploration choose."""
 _EXPLORED_BEHIND = 100
@@ -124,7 +135,7 @@ class Recommender:
     """Answers every question that asks for items.
 
     Args:
-        worlds: the model and the catalogue of each request.
+        worlds: the models and the catalogue of each request.
         histories: what shoppers did.
         counts: what is popular now.
         filters: compiled filters.
@@ -134,12 +145,14 @@ class Recommender:
         new_id: makes 8 random bytes for each answer.
         configs: by id.
         record: told of each query that is answered.
+        experiments: what runs, for requests that leave serving config and variant to the service.
+        shadow: compares answers with those of a second model, where a config names one.
     """
 
     def __init__(
         self,
         *,
-        worlds: WorldHolder,
+        worlds: Worlds,
         histories: HistoryReader,
         counts: LiveCounts,
         filters: FilterParser,
@@ -149,6 +162,8 @@ class Recommender:
         new_id: Callable[[], bytes],
         configs: ServingConfigs,
         record: Callable[[Query], None] | None = None,
+        experiments: Experiments | None = None,
+        shadow: Shadow | None = None,
     ) -> None:
         self._worlds = worlds
         self._histories = histories
@@ -160,6 +175,8 @@ class Recommender:
         self._new_id = new_id
         self._configs = configs
         self._record = record
+        self._experiments = experiments
+        self._shadow = shadow
 
     def answer(self, query: Query, budget_seconds: float, snapshot: Snapshot | None = None) -> Answer:
         """Returns a page of recommendations, within the budget.
@@ -170,11 +187,47 @@ class Recommender:
         """
         if self._record is not None:
             self._record(query)
-        return self.assemble(self.rank(query, budget_seconds, snapshot))
+        ranking = self.rank(self._assigned(query), budget_seconds, snapshot)
+        answer = self.assemble(ranking)
+        if self._shadow is not None and ranking.config.shadow_model_alias:
+            self._compare(ranking)
+        return answer
 
-    def snapshot(self) -> Snapshot:
-        """Returns the newest world and configuration, for several answers that are to agree."""
-        return Snapshot(self._worlds.current(), self._configs.current())
+    def snapshot(self, serving_config: str = "default") -> Snapshot:
+        """Returns the newest world and configuration, for several answers of a config that are to agree.
+
+        Raises:
+            NotFound: SERVING_CONFIG_NOT_FOUND.
+        """
+        configuration = self._configs.current()
+        return Snapshot(self._worlds.of(configuration.config(serving_config)), configuration)
+
+    def _assigned(self, query: Query) -> Query:
+        """Returns the query with the serving config and the variant of the experiment on its placement."""
+        if self._experiments is None or not query.assignable or query.user_key is None:
+            return query
+        split = self._experiments.split(query.placement)
+        assignment = None if split is None else assign(bytes(query.user_key), split)
+        if assignment is None or assignment.serving_config not in self._configs.current().configs:
+            return query
+        return replace(query, serving_config=assignment.serving_config, variant=assignment.label)
+
+    def _compare(self, ranking: Ranking) -> None:
+        """Has the second model answer the same, later and on another thread."""
+        config = ranking.config
+        world = self._worlds.other(config.model, config.shadow_model_alias)
+        if self._shadow is None or world is None:
+            return
+        query = replace(ranking.query, consistency=None, consistency_text="", explained=False, traced=False)
+        snapshot = Snapshot(world, self._configs.current())
+        shown_K = ranking.selection.rows_K
+        self._shadow.later(
+            config.serving_config_id,
+            ranking.world,
+            world,
+            shown_K,
+            lambda: self.rank(query, _SHADOW_SECONDS, snapshot).selection.rows_K,
+        )
 
     def rank(
         self,
@@ -194,7 +247,7 @@ class Recommender:
         config = configuration.config(query.serving_config)
         ranking = Ranking(
             query=query,
-            world=self._worlds.current() if snapshot is None else snapshot.world,
+            world=self._worlds.of(config) if snapshot is None else snapshot.world,
             config=config,
             policy=config.policy(query.placement),
             now=self._clock.now(),
@@ -207,7 +260,7 @@ class Recommender:
         self._read_history(ranking)
         if query.consistency is not None and snapshot is None:
             # Waiting takes time in which a model or the catalogue may have changed: take the newest.
-            ranking.world = self._worlds.current()
+            ranking.world = self._worlds.of(config)
             if query.filter_text:
                 filter_R = self._filters.mask(query.filter_text, ranking.world.catalog)
         mark = self._stage(ranking, "profile", started, len(ranking.history), len(ranking.history))
@@ -536,7 +589,8 @@ class Recommender:
         self, ranking: Ranking, tiers: list[Callable[[], Tier]], count: int, further: int
     ) -> Selection:
         depth = ranking.config.diversity_depth
-        return select(tiers, count, ranking.world.model, ranking.strength, depth, further)
+        algorithm = ranking.config.diversity_algorithm
+        return select(tiers, count, ranking.world.model, ranking.strength, depth, further, algorithm)
 
     @staticmethod
     def _arranged(
@@ -667,6 +721,17 @@ class Recommender:
             events_used=len(history),
             catalog_time=heard if state.complete else None,
         )
+        config = ranking.config
+        if (config.model or config.model_alias) and self._worlds.other(
+            config.model, config.model_alias
+        ) is None:
+            ranking.degraded.append(
+                Degradation(
+                    Cause.NO_MODEL,
+                    f"alias {config.model_alias or 'production'} of model {config.model or 'main'} has no version "
+                    "in service; the service's own answers",
+                )
+            )
         model_version = world.model.version if world.model is not None else ""
         if query.page.offset and query.page.model_version != model_version:
             ranking.degraded.append(

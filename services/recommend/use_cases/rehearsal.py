@@ -66,7 +66,7 @@ class Rehearser:
             NotFound: SERVING_CONFIG_NOT_FOUND.
         """
         deadline = self._clock.monotonic() + budget_seconds
-        newest = self._recommender.snapshot()
+        newest = self._recommender.snapshot(serving_config)
         # The draft's own effect is asked for, not that of a draw.
         config = replace(newest.configuration.config(serving_config), exploration_slots=0)
         configs = {**newest.configuration.configs, serving_config: config}

@@ -9,11 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from services.recommend.domain.catalog import Mask
-from services.recommend.domain.ranking import maximal_marginal_relevance, top_rows
+from services.recommend.domain.ranking import (
+    determinantal_point_process,
+    maximal_marginal_relevance,
+    top_rows,
+)
 from services.recommend.domain.recommendation import Source
+from services.recommend.domain.serving_config import DiversityAlgorithm
 from services.recommend.ports import Float32, Model
 
 Rows = npt.NDArray[np.int32]
+
+REORDERINGS = {
+    DiversityAlgorithm.MMR: maximal_marginal_relevance,
+    DiversityAlgorithm.DPP: determinantal_point_process,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,7 @@ def select(
     strength: float,
     depth: int,
     further: int = 0,
+    algorithm: DiversityAlgorithm = DiversityAlgorithm.MMR,
 ) -> Selection:
     """Returns the best `count` items, tier after tier; the first tier alone is diversified.
 
@@ -94,7 +105,8 @@ def select(
         if diversify and model is not None:
             near = rows[: max(count + 1, depth)]
             vectors_CD = model.unit_vectors(model.indices_of(near))
-            order = maximal_marginal_relevance(order_R[near], vectors_CD, strength, min(wanted, len(near)))
+            reorder = REORDERINGS[algorithm]
+            order = reorder(order_R[near], vectors_CD, strength, min(wanted, len(near)))
             rows = np.concatenate([near[order], rows[len(near) :]])
         rows = rows[:wanted]
         scores = tier.score_R[rows]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from services.recommend.domain.recommendation import Cause, Degradation
 from services.recommend.domain.status import ServiceStatus, StreamState
-from services.recommend.ports import CatalogStream, Clock, LiveProfiles, ModelSource
+from services.recommend.ports import CatalogStream, Clock, LiveProfiles, Models
 from services.recommend.use_cases.histories import STALE_AFTER_SECONDS
 
 
 class StatusReader:
     """Reads the state of everything that an answer depends on."""
 
-    def __init__(
-        self, models: ModelSource, profiles: LiveProfiles, catalog: CatalogStream, clock: Clock
-    ) -> None:
+    def __init__(self, models: Models, profiles: LiveProfiles, catalog: CatalogStream, clock: Clock) -> None:
         self._models = models
         self._profiles = profiles
         self._catalog = catalog
@@ -22,10 +20,12 @@ class StatusReader:
 
     def read(self) -> ServiceStatus:
         """Returns the state as of now."""
-        models, profiles, catalog = self._models.state(), self._profiles.state(), self._catalog.state()
-        degraded = []
-        if not models.version:
-            degraded.append(Degradation(Cause.NO_MODEL, f"alias {models.alias} has no version in service"))
+        models, profiles, catalog = self._models.states(), self._profiles.state(), self._catalog.state()
+        degraded = [
+            Degradation(Cause.NO_MODEL, f"alias {model.alias} has no version in service")
+            for model in models
+            if not model.version
+        ]
         if self._is_stale(profiles):
             degraded.append(Degradation(Cause.PROFILE_STALE, profiles.last_error or "no heartbeat"))
         if not catalog.complete:

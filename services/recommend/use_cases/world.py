@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from services.recommend.domain.catalog import Catalog, Mask
 from services.recommend.domain.item_index import ItemIndex
-from services.recommend.ports import CatalogSource, Model, ModelSource
+from services.recommend.domain.serving_config import ServingConfig
+from services.recommend.ports import CatalogSource, Model, Models, ModelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +137,37 @@ class WorldHolder:
             if world is None or world.model is not model or world.catalog is not catalog:
                 world = self._current = join(model, catalog)
             return world
+
+
+class Worlds:
+    """The newest world of each model that a serving config names; the service's own where that has none."""
+
+    def __init__(self, models: Models, catalogs: CatalogSource, index: ItemIndex) -> None:
+        self._models = models
+        self._catalogs = catalogs
+        self._index = index
+        own = models.source("", "")
+        assert own is not None
+        self._own = WorldHolder(own, catalogs, index)
+        self._others: dict[tuple[str, str], tuple[ModelSource, WorldHolder]] = {}
+
+    def current(self, model: str = "", alias: str = "") -> World:
+        """Returns the newest world of a model, the service's own where that one has no version in service."""
+        if not model and not alias:
+            return self._own.current()
+        world = self.other(model, alias)
+        return self._own.current() if world is None else world
+
+    def other(self, model: str, alias: str) -> World | None:
+        """Returns the newest world of a model; None where it has no version in service."""
+        source = self._models.source(model, alias)
+        if source is None or source.current() is None:
+            return None
+        held = self._others.get((model, alias))
+        if held is None or held[0] is not source:
+            held = self._others[model, alias] = (source, WorldHolder(source, self._catalogs, self._index))
+        return held[1].current()
+
+    def of(self, config: ServingConfig) -> World:
+        """Returns the newest world that a config serves with."""
+        return self.current(config.model, config.model_alias)

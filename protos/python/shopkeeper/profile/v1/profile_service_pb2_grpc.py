@@ -288,7 +288,11 @@ class ProfileServiceServicer:
 
     def RebuildProfiles(self, request, context):
         """Starts a run that folds the whole log into portraits anew, and returns at
-        once. The portraits in force are served until it succeeds.
+        once. The portraits in force are served until it succeeds. A replica starts
+        from the run in force and reads the log from its watermark on; a run that a
+        crash cuts short begins again from nothing.
+
+        Fails with `DATABASE_UNAVAILABLE`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -132,7 +132,11 @@ class ProfileServiceStub:
     """
     RebuildProfiles: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.RebuildProfilesRequest, _rebuild_pb2.Rebuild]
     """Starts a run that folds the whole log into portraits anew, and returns at
-    once. The portraits in force are served until it succeeds.
+    once. The portraits in force are served until it succeeds. A replica starts
+    from the run in force and reads the log from its watermark on; a run that a
+    crash cuts short begins again from nothing.
+
+    Fails with `DATABASE_UNAVAILABLE`.
     """
     GetRebuild: _grpc.UnaryUnaryMultiCallable[_profile_service_pb2.GetRebuildRequest, _rebuild_pb2.Rebuild]
     """Returns a rebuild.
@@ -252,7 +256,11 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     """
     RebuildProfiles: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.RebuildProfilesRequest, _rebuild_pb2.Rebuild]  # type: ignore[assignment]
     """Starts a run that folds the whole log into portraits anew, and returns at
-    once. The portraits in force are served until it succeeds.
+    once. The portraits in force are served until it succeeds. A replica starts
+    from the run in force and reads the log from its watermark on; a run that a
+    crash cuts short begins again from nothing.
+
+    Fails with `DATABASE_UNAVAILABLE`.
     """
     GetRebuild: _aio.UnaryUnaryMultiCallable[_profile_service_pb2.GetRebuildRequest, _rebuild_pb2.Rebuild]  # type: ignore[assignment]
     """Returns a rebuild.
@@ -459,7 +467,11 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_rebuild_pb2.Rebuild, _abc.Awaitable[_rebuild_pb2.Rebuild]]:
         """Starts a run that folds the whole log into portraits anew, and returns at
-        once. The portraits in force are served until it succeeds.
+        once. The portraits in force are served until it succeeds. A replica starts
+        from the run in force and reads the log from its watermark on; a run that a
+        crash cuts short begins again from nothing.
+
+        Fails with `DATABASE_UNAVAILABLE`.
         """
 
     @_abc_1.abstractmethod

@@ -77,7 +77,9 @@ class Rebuild(_message.Message):
     folded_event_count: _builtins.int
     """Events folded so far."""
     total_event_count: _builtins.int
-    """Events to fold in all, as counted at the start."""
+    """Events to fold in all, as counted at the start: of each shopper the newest
+    1,000 lines at most.
+    """
     portrait_count: _builtins.int
     """Portraits written so far."""
     watermark: _builtins.bytes

@@ -272,22 +272,26 @@ class UserPortrait(_message.Message):
 
     @_builtins.property
     def preferred_devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DevicePreference]:
-        """On what devices the shopper is active, by falling share."""
+        """On what devices the shopper is active, by falling share; unknown ones are
+        left out, and shares are of all events.
+        """
 
     @_builtins.property
     def preferred_channels(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChannelPreference]:
-        """Through which channels the shopper comes, by falling share."""
+        """Through which channels the shopper comes, by falling share; as for devices."""
 
     @_builtins.property
     def discount_sensitivity(self) -> Global___Estimate:
-        """The share of purchases made at a discount beyond what the same categories
-        sell at a discount on average, in [-1, 1]. Defaults to 0.
+        """The share of purchases made below the item's list price beyond the share of
+        items of the same top category that sell below theirs, in [-1, 1], shrunk
+        towards 0 by five purchases' worth. Defaults to 0.
         """
 
     @_builtins.property
     def satisfaction(self) -> Global___Estimate:
         """How content the shopper is so far, from ratings, surveys and returns, in
-        [0, 1]. Defaults to 0.5.
+        [0, 1]: the mean of the answers, a returned line counting as one of 0.25,
+        shrunk towards 0.5 by two answers' worth. Defaults to 0.5.
         """
 
     @_builtins.property
@@ -523,7 +527,7 @@ class Interest(_message.Message):
     weight: _builtins.float
     """The share of the shopper's decayed evidence in this horizon and facet that
     speaks for this value, in [0, 1]. Shares of categories add up to more than
-    1 where categories nest.
+    1 where categories nest; those of an attribute are among its own values.
     """
     decayed_evidence: _builtins.float
     """The evidence itself: events weighted by kind (a purchase weighs more than
