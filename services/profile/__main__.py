@@ -24,6 +24,7 @@ from shopkeeper.profile.v1 import (
     profile_service_pb2_grpc,
 )
 
+from services.profile.clients.suggestions import RecommendSuggestions
 from services.profile.converters.churn import ChurnConverter
 from services.profile.converters.item_files import ItemDirectory
 from services.profile.converters.items import encode_item
@@ -52,9 +53,11 @@ from services.profile.use_cases.item_imports import ManageItemImports, RunItemIm
 from services.profile.use_cases.item_portraits import ItemPortraits
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
+from services.profile.use_cases.population import PopulationWatch
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.rebuilds import ManageRebuilds, RunRebuilds, warm
 from services.profile.use_cases.segments import SegmentMembers, Segments
+from shared.channel import open_channel, tls_of
 from shared.database import Database, migrate, resolve_url
 from shared.errors import Unavailable
 from shared.exclusive_worker import ExclusiveWorker
@@ -91,6 +94,7 @@ class Profile:
     histories: LiveHistories
     catalogue: Catalogue
     churn: ChurnWatch
+    population: PopulationWatch
     merges: PostgresMerges
     pseudonymizer: Pseudonymizer
     store: catalogue_storage.PostgresCatalogue
@@ -100,6 +104,7 @@ class Profile:
     workers: tuple[ExclusiveWorker, ...]
     threads: list[threading.Thread]
     drained: threading.Event
+    channel: grpc.Channel
 
     @classmethod
     def wire(cls, settings: ProfileSettings, database_url: str) -> Profile:
@@ -109,6 +114,7 @@ class Profile:
             FailedPrecondition: a key is missing.
         """
         pseudonymizer = Pseudonymizer.from_directory(settings.keys_path)
+        channel = open_channel(settings.recommend_address, tls=tls_of(settings))
         signer = TokenSigner.from_directory(settings.keys_path)
         metrics = PrometheusMetrics()
         database = Database(database_url, schema="profile", pool_size=settings.pool_size)
@@ -124,16 +130,29 @@ class Profile:
         store = catalogue_storage.PostgresCatalogue(database)
         catalogue = Catalogue(store, encode_item, metrics, clock_us)
         merges = PostgresMerges(database, pseudonymizer.current_version)
-        profiles = Profiles(follower, histories, merged, merges, items, currencies, catalogue.facts, clock_us)
+        purchases = PostgresPurchases(database)
+        population = PopulationWatch(purchases, clock_us, settings.population_seconds)
+        profiles = Profiles(
+            follower,
+            histories,
+            merged,
+            merges,
+            items,
+            currencies,
+            catalogue.facts,
+            lambda: population.current,
+            clock_us,
+        )
         converter = ProfileConverter(pseudonymizer, signer, items, currencies, profiles.summary)
         churn = ChurnWatch(
-            PostgresPurchases(database),
+            purchases,
             ChurnModels(settings.registry_path, read_verifying_key(settings.keys_path)),
             PostgresChurnAlerts(database),
             metrics,
             clock_us,
             settings.churn_score_seconds,
             settings.margin_share,
+            RecommendSuggestions(channel),
         )
         drained = threading.Event()
         imports = PostgresItemImports(database)
@@ -163,6 +182,7 @@ class Profile:
             histories,
             catalogue,
             churn,
+            population,
             merges,
             pseudonymizer,
             store,
@@ -199,6 +219,7 @@ class Profile:
             (importer, rebuilder),
             [],
             drained,
+            channel,
         )
 
     def register(self, server: grpc.Server) -> None:
@@ -220,6 +241,7 @@ class Profile:
             ("follow-log", partial(self.follower.run, tell)),
             ("follow-items", partial(self.catalogue.run, tell)),
             ("watch-churn", self.churn.run),
+            ("watch-population", self.population.run),
             ("bring-merges-forward", self._bring_merges_forward),
             *((f"listen-{number}", listener.run) for number, listener in enumerate(self.listeners)),
         ]
@@ -255,6 +277,7 @@ class Profile:
         self.follower.stop()
         self.catalogue.stop()
         self.churn.stop()
+        self.population.stop()
         for listener in self.listeners:
             listener.stop()
 
@@ -266,6 +289,7 @@ class Profile:
             thread.join(5.0)
         self.store.close()
         self.database.close()
+        self.channel.close()
 
 
 def _run_for_ever(name: str, run: Callable[[], None]) -> None:

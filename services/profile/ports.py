@@ -388,3 +388,11 @@ class ItemFigures(Protocol):
     def read(self, now_us: int) -> tuple[dict[str, ItemCounts], Baskets]:
         """Returns the counts of every item that occurs in the log, as of a time, and the newest orders."""
         ...
+
+
+class Suggestions(Protocol):
+    """What to show whom."""
+
+    def items(self, user_keys: Sequence[UserKey], count: int) -> list[list[str]]:
+        """Returns item ids for each shopper, the best first; none where nothing can be said. Never fails."""
+        ...

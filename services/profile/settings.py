@@ -33,6 +33,9 @@ class ProfileSettings(ServiceSettings):
         gt=0,
         description="Portraits of items are made anew, of all of them together, when asked for and older than this.",
     )
+    population_seconds: float = Field(
+        300.0, gt=0, description="How often the fifths of all shoppers are computed anew."
+    )
     margin_share: float = Field(
         1.0,
         gt=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 
 from shopkeeper.profile.v1 import profile_service_pb2 as pb
 from shopkeeper.profile.v1 import user_portrait_pb2
@@ -127,6 +128,13 @@ def churn_risk(
         as_of_time=timestamp(as_of_us),
         model_version=model_version,
     )
+
+
+def draw_items(risk: user_portrait_pb2.ChurnRisk, item_ids: Sequence[str]) -> None:
+    """Says with which items the suggested actions are to be done; those that have none keep none."""
+    for action in risk.suggested_actions:
+        if action.kind == user_portrait_pb2.WIN_BACK_ACTION_KIND_RECOMMEND_ITEMS:
+            action.item_ids.extend(item_ids)
 
 
 def churn_model(version: str, model: ChurnModel) -> pb.ChurnModel:

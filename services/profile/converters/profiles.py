@@ -146,11 +146,13 @@ class ProfileConverter:
             user_key: who the shopper is; the reading may go by another of their names.
         """
         profile = profile_service_pb2.Profile(user_key=user_key)
-        if view != View.PROFILE_VIEW_PORTRAIT:
-            profile.live.CopyFrom(self._shared(reading))
-            profile.live.watermark = watermark.encode()
+        known = None
         if view != View.PROFILE_VIEW_LIVE and reading.window.personalisation:
-            profile.portrait.CopyFrom(user_portrait(portrait(reading)))
+            known = portrait(reading)
+            profile.portrait.MergeFrom(user_portrait(known))
+        if view != View.PROFILE_VIEW_PORTRAIT:
+            profile.live.MergeFrom(self._shared(reading, domain.Summary.of(known) if known else None))
+            profile.live.watermark = watermark.encode()
         return profile
 
     def message(self, message: ProfilesMessage) -> profile_service_pb2.WatchProfilesResponse:
@@ -168,14 +170,16 @@ class ProfileConverter:
             response.watermark_time.CopyFrom(timestamp(message.watermark_time_us))
         return response
 
-    def _shared(self, reading: Reading) -> live_profile_pb2.LiveProfile:
+    def _shared(
+        self, reading: Reading, summary: domain.Summary | None = None
+    ) -> live_profile_pb2.LiveProfile:
         # Every watcher gets the same profile, and recommend often asks for who just changed.
         with self._cache_lock:
             cached = self._cache.get(reading.user_key)
             if cached is not None and cached[0] == reading.version:
                 self._cache.move_to_end(reading.user_key)
                 return cached[1]
-        live = self._build(reading)
+        live = self._build(reading, summary)
         with self._cache_lock:
             self._cache[reading.user_key] = (reading.version, live)
             self._cache.move_to_end(reading.user_key)
@@ -183,12 +187,12 @@ class ProfileConverter:
                 self._cache.popitem(last=False)
         return live
 
-    def _build(self, reading: Reading) -> live_profile_pb2.LiveProfile:
+    def _build(self, reading: Reading, known: domain.Summary | None) -> live_profile_pb2.LiveProfile:
         window = reading.window
         live = live_profile_pb2.LiveProfile(user_key=reading.user_key, personalisation=window.personalisation)
         if window.personalisation:
             live.history.extend(self._history(window))
-            summary = self._summary(reading)
+            summary = known or self._summary(reading)
             live.summary.event_count = summary.event_count
             live.summary.order_count = summary.order_count
             live.summary.price_level = summary.price_level.value
@@ -346,16 +350,18 @@ def comparison(compared: Comparison) -> profile_service_pb2.CompareProfilesRespo
 
 
 def _interest(interest: domain.Interest) -> user_portrait_pb2.Interest:
+    count = interest.evidence_count
     return user_portrait_pb2.Interest(
-        horizon=int(interest.horizon),  # type: ignore[arg-type]
-        facet=int(interest.facet),  # type: ignore[arg-type]
+        horizon=interest.horizon,  # type: ignore[arg-type]
+        facet=interest.facet,  # type: ignore[arg-type]
         attribute_key=interest.attribute_key,
         value=interest.value,
         weight=interest.weight,
         decayed_evidence=interest.decayed_evidence,
-        evidence_count=interest.evidence_count,
+        evidence_count=count,
         half_life_days=domain.HALF_LIFE_DAYS[interest.horizon],
-        confidence=domain.Estimate(0.0, interest.evidence_count).confidence,
+        # There are a hundred of them: without the detour over an Estimate.
+        confidence=count / (count + domain.PRIOR_EVENTS),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
 from services.profile.domain.boosted_trees import BoostedTrees, BoostingParameters
@@ -41,6 +41,7 @@ LEAST_OF_EACH_OUTCOME = 30
 ORIGIN_HALF_LIFE_DAYS = 45.0
 RIDGE = 30.0
 MOST_CALIBRATION_ERROR = 0.15
+MOST_LEVEL_SHIFT = 5.0
 
 BOOSTING = BoostingParameters()
 
@@ -73,10 +74,15 @@ class Ensemble:
         return 0.5 * (self.logistic.log_odds(feature_KF) + self.trees.log_odds(feature_KF))
 
     def probabilities(self, feature_KF: Float) -> Float:
-        """Returns the calibrated probability of no purchase, (K,), in (0, 1)."""
+        """Returns the probability of no purchase, (K,), in (0, 1), of everybody at one moment.
+
+        Who is likelier to leave comes from the ensemble, how many leave from the reference: a season shifts the
+        whole shop, and the days that the calibration was fitted to were of another one.
+        """
         bias, own, reference = self.calibration
         reference_K = feature_KF[:, COLUMN["reference_log_odds"]]
-        return expit(bias + own * self.raw_log_odds(feature_KF) + reference * reference_K)
+        score_K = bias + own * self.raw_log_odds(feature_KF) + reference * reference_K
+        return expit(score_K + _level_shift(score_K, reference_K))
 
     def contributions(self, feature_KF: Float) -> Float:
         """Returns how much each feature moves the calibrated log-odds from the usual, (K, F)."""
@@ -86,6 +92,21 @@ class Ensemble:
         usual = float(np.median(feature_KF[:, column])) if len(feature_KF) else 0.0
         moved[:, column] += reference * (feature_KF[:, column] - usual)
         return moved
+
+
+def _level_shift(score_K: Float, reference_K: Float) -> float:
+    """Returns what to add to log-odds for their mean probability to be that of other log-odds."""
+    if not len(score_K):
+        return 0.0
+    level = float(expit(reference_K).mean())
+
+    def excess(shift: float) -> float:
+        return float(expit(score_K + shift).mean()) - level
+
+    most = MOST_LEVEL_SHIFT
+    if excess(-most) >= 0 or excess(most) <= 0:
+        return -most if excess(-most) >= 0 else most
+    return float(brentq(excess, -most, most, xtol=1e-9))
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,3 +217,14 @@ class Summary:
     first_us: int | None
     last_us: int | None
     price_level: Estimate
+
+    @classmethod
+    def of(cls, portrait: Portrait) -> Summary:
+        """Returns the summary that a portrait holds."""
+        return cls(
+            portrait.event_count,
+            portrait.rfm.order_count,
+            portrait.first_us,
+            portrait.last_us,
+            portrait.purchasing_power.price_level,
+        )

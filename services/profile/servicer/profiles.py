@@ -17,7 +17,7 @@ from shopkeeper.profile.v1 import (
     user_portrait_pb2,
 )
 
-from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk
+from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk, draw_items
 from services.profile.converters.item_imports import request_id_of
 from services.profile.converters.profiles import ProfileConverter, comparison, invalid
 from services.profile.converters.rebuilds import rebuild_message
@@ -189,6 +189,7 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
             stored = alert.stored
             # What was so when the alert arose, though more may have become known since.
             risk = _risk_message(scores, alert.risk) if alert.risk else user_portrait_pb2.ChurnRisk()
+            draw_items(risk, self._churn.suggested([stored.user_key])[0])
             risk.user_key = stored.user_key
             risk.no_purchase_probability.value = stored.probability
             risk.model_version = stored.model_version

@@ -10,7 +10,7 @@ import numpy as np
 
 from services.profile.domain.churn_model import ChurnModel, NotEnoughHistory, Trainer
 from services.profile.domain.churn_risk import ChurnRisk, ScoredShoppers
-from services.profile.ports import ChurnAlerts, ChurnModels, Metrics, Purchases, StoredAlert
+from services.profile.ports import ChurnAlerts, ChurnModels, Metrics, Purchases, StoredAlert, Suggestions
 from shared.errors import DataLoss, FailedPrecondition, Unavailable
 from shared.identity import UserKey
 
@@ -22,6 +22,7 @@ MAX_TRAINING_SHOPPERS = 100_000
 # Rows looked through for one page, so that a rare segment cannot hold a call for ever.
 MAX_ROWS_IN_CALL = 20_000
 _ROWS_AT_ONCE = 200
+MAX_SUGGESTED_ITEMS = 10
 
 Members = Callable[[Sequence[UserKey]], Sequence[bool]]
 
@@ -79,6 +80,7 @@ class ChurnWatch:
     Args:
         score_seconds: how often everybody is scored.
         margin_share: the share of an order's worth that is the shop's margin.
+        suggestions: draws the items that may win somebody back; None where there is nobody to ask.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class ChurnWatch:
         clock_us: Callable[[], int],
         score_seconds: float,
         margin_share: float,
+        suggestions: Suggestions | None = None,
     ) -> None:
         self._purchases = purchases
         self._models = models
@@ -98,6 +101,7 @@ class ChurnWatch:
         self._clock_us = clock_us
         self._score_us = int(score_seconds * 1e6)
         self._margin_share = margin_share
+        self._suggestions = suggestions
         self._version: str | None = None
         self._model: ChurnModel | None = None
         self._refused: str | None = None
@@ -189,6 +193,12 @@ class ChurnWatch:
             return None
         row = scores.shoppers.row_of(user_key)
         return None if row is None else (scores, scores.shoppers.risk(row))
+
+    def suggested(self, user_keys: Sequence[UserKey]) -> list[list[str]]:
+        """Returns items that may win each shopper back, the best first; none where nobody can be asked."""
+        if self._suggestions is None or not user_keys:
+            return [[] for _ in user_keys]
+        return self._suggestions.items(user_keys, MAX_SUGGESTED_ITEMS)
 
     def page(
         self,

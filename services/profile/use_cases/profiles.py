@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from services.profile.domain.comparison import Comparison, compare
 from services.profile.domain.events import NO_ITEM, Vocabulary
 from services.profile.domain.messages import ProfilesMessage, Reading
+from services.profile.domain.population import Population
 from services.profile.domain.portrait import ItemLookup, Portrait, Summary
 from services.profile.domain.portrait_fold import fold_portrait, fold_summary
 from services.profile.ports import Merges
@@ -42,6 +43,7 @@ class Profiles:
         items: Vocabulary,
         currencies: Vocabulary,
         lookup: ItemLookup,
+        population: Callable[[], Population],
         clock_us: Callable[[], int],
     ) -> None:
         self._follower = follower
@@ -51,6 +53,7 @@ class Profiles:
         self._items = items
         self._currencies = currencies
         self._lookup = lookup
+        self._population = population
         self._clock_us = clock_us
 
     def read(
@@ -98,7 +101,14 @@ class Profiles:
 
     def portrait(self, reading: Reading) -> Portrait:
         """Returns the portrait of a shopper as of now."""
-        return fold_portrait(reading.window, self._items, self._currencies, self._lookup, self._clock_us())
+        return fold_portrait(
+            reading.window,
+            self._items,
+            self._currencies,
+            self._lookup,
+            self._clock_us(),
+            self._population(),
+        )
 
     def compare(self, first: UserKey, second: UserKey, timeout_seconds: float) -> Comparison:
         """Returns how alike two shoppers are.
