@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from shopkeeper.profile.v1 import profile_service_pb2 as pb
 from shopkeeper.profile.v1 import profile_service_pb2_grpc, user_portrait_pb2
-from shopkeeper.recommend.v1 import recommend_service_pb2, recommend_service_pb2_grpc
+from shopkeeper.recommend.v1 import recommend_service_pb2, recommend_service_pb2_grpc, recommendation_pb2
 
 from services.profile.__main__ import Profile, train_and_publish
 from services.profile.clients.suggestions import BREAKER_SECONDS, RecommendSuggestions
@@ -238,10 +239,16 @@ def test_how_many_leave_comes_from_the_reference_and_who_from_the_ensemble() -> 
     examples = churn_examples(log, 300 * DAY_US, 60.0, reference)
     probability = ensemble.probabilities(examples.feature_KF)
     silent = reference.no_purchase_probabilities(examples.counts, 60.0)
-    assert probability.mean() == pytest.approx(silent.mean(), abs=1e-4)
     bias, own, weight = ensemble.calibration
     features = examples.feature_KF
     score = bias + own * ensemble.raw_log_odds(features) + weight * features[:, COLUMN["reference_log_odds"]]
+    # These shoppers are so easily told apart that the reference is the one who is wrong: no further than a season.
+    shift = np.median(np.log(probability) - np.log1p(-probability) - score)
+    assert shift == pytest.approx(-np.log(2.0), abs=1e-6)
+    assert probability.mean() > silent.mean()
+    # Where they are harder to tell apart, the levels are the same.
+    vague = replace(ensemble, calibration=(bias, own / 20, weight / 20))
+    assert vague.probabilities(features).mean() == pytest.approx(silent.mean(), abs=1e-6)
     assert np.array_equal(np.argsort(score, kind="stable"), np.argsort(probability, kind="stable"))
     assert len(ensemble.probabilities(features[:0])) == 0
 
@@ -257,7 +264,7 @@ class _Recommend(recommend_service_pb2_grpc.RecommendServiceServicer):
         self.asked.append(request.user_key)
         if self.broken:
             context.abort(grpc.StatusCode.UNAVAILABLE, "away")
-        items = [recommend_service_pb2.RecommendedItem(item_id=f"item{n}") for n in range(request.page_size)]
+        items = [recommendation_pb2.RecommendedItem(item_id=f"item{n}") for n in range(request.page_size)]
         return recommend_service_pb2.RecommendResponse(items=items)
 
 

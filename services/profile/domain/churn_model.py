@@ -41,7 +41,8 @@ LEAST_OF_EACH_OUTCOME = 30
 ORIGIN_HALF_LIFE_DAYS = 45.0
 RIDGE = 30.0
 MOST_CALIBRATION_ERROR = 0.15
-MOST_LEVEL_SHIFT = 5.0
+# A season doubles or halves the odds of the whole shop; what is further off is the reference.
+MOST_LEVEL_SHIFT = float(np.log(2.0))
 
 BOOSTING = BoostingParameters()
 
@@ -95,7 +96,7 @@ class Ensemble:
 
 
 def _level_shift(score_K: Float, reference_K: Float) -> float:
-    """Returns what to add to log-odds for their mean probability to be that of other log-odds."""
+    """Returns what to add to log-odds for their mean probability to be that of other log-odds, as far as may be."""
     if not len(score_K):
         return 0.0
     level = float(expit(reference_K).mean())
