@@ -67,8 +67,8 @@ verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and 
 bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue are (EVENTS=1000000)
 	python -m tests.benchmarks.bench_profile --events $(or $(EVENTS),1000000)
 
-bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N)
-	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED))
+bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N, SEEDS=N)
+	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
 verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
 	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py

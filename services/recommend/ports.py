@@ -48,10 +48,25 @@ class ModelHistory:
         return ModelHistory(self.indices_H[keep], self.kinds_H[keep], self.places_H[keep])
 
 
+@dataclass(frozen=True, slots=True)
+class CompanionScores:
+    """What is added to the Transformer's log-softmax of every item; all float32, (I,).
+
+    Attributes:
+        cooccurrence_I: c, what was counted forward, before it is weighted.
+        counted_I: what counts and repeats add.
+        content_I: what attributes add; None where the model knows none.
+    """
+
+    cooccurrence_I: Float32
+    counted_I: Float32
+    content_I: Float32 | None = None
+
+
 class Model(Protocol):
     """A model version in memory; immutable, for any number of threads.
 
-    score_i = log_softmax(v_i · q + b_i) + lambda * log(1 + scale * c_i), see `shared.bundle.scoring`.
+    score_i = log_softmax(logits_i) + counted_i + content_i, see `shared.bundle.scoring`.
     """
 
     @property
@@ -98,7 +113,7 @@ class Model(Protocol):
         """Returns the query vector of a history, float32, (D,)."""
 
     def logits(self, query_D: Float32) -> Float32:
-        """Returns v_i · q + b_i of every item, float32, (I,)."""
+        """Returns sequence * v_i · q + bias_i of every item, float32, (I,)."""
 
     def cooccurrence(self, history: ModelHistory) -> Float32:
         """Returns c of every item, float32, (I,)."""
@@ -106,13 +121,16 @@ class Model(Protocol):
     def cooccurrence_contributions(self, history: ModelHistory, indices_C: Int64) -> Float32:
         """Returns what each event of the history adds to c of each candidate, float32, (C, H)."""
 
-    def cooccurrence_term(self, c: Float32) -> Float32:
-        """Returns lambda * log(1 + scale * c)."""
+    def companion(self, history: ModelHistory) -> CompanionScores:
+        """Returns what is added to the log-softmax for a history."""
+
+    def counted_losses(self, history: ModelHistory, indices_C: Int64) -> Float32:
+        """Returns by how much counts and repeats would add less without each event, float32, (C, H)."""
 
     def damped(self, c: Float32) -> Float32:
         """Returns log(1 + scale * c), without the weight of the blend."""
 
-    def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
+    def blend(self, logits_I: Float32, companion: CompanionScores) -> Float32:
         """Returns the score of every item, float32, (I,)."""
 
     @property

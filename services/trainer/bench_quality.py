@@ -1,28 +1,55 @@
 """Measures the model on a file of histories, without services.
 
-    python -m services.trainer.bench_quality --data DIR [--topk FILE] [--max-seconds N] [--seed S]
+    python -m services.trainer.bench_quality --data DIR [--topk FILE] [--seed S] [--seeds N] [--max-seconds N]
 
-DIR holds sequences.txt (one person a line: `user item item …`, oldest first) and perhaps
-item_attributes.json (item id → list of attribute ids). The last line printed is JSON.
+DIR holds sequences.txt (one person a line: `user item item …`, oldest first) and perhaps item_attributes.json
+(item id → list of attribute ids). Leave one out: the last item is the test, the one before chooses passes and the weights
+of the blend, and the Transformer never learns from it; every item competes but those seen before. Counts (of every
+contestant) and histories are up to date when the test is taken: they hold the validation events. What the blend reaches
+with the counts of the training events alone is said under "frozen_counts". The last line printed is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import resolve
-from services.trainer.pipeline.dataset import EventColumns
-from services.trainer.pipeline.pipeline import Plan, TrainedModel, peak_resident_bytes, train_model
+from services.trainer.pipeline.dataset import (
+    Cleaning,
+    EventColumns,
+    HeldOut,
+    Histories,
+    clean,
+    everyone,
+    hold_out,
+)
+from services.trainer.pipeline.evaluation import (
+    Contestants,
+    best_items,
+    ndcg_at_10,
+    popularity,
+    rank_by_fixed_scores,
+)
+from services.trainer.pipeline.pipeline import Plan, peak_resident_bytes, train_model
 from shared.bundle.history import INTEREST_KINDS
+from shared.bundle.manifest import ScoringParameters
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
+from shared.errors import FailedPrecondition
 
 _NAMES = ("hr@5", "hr@10", "hr@20", "ndcg@10")
+# Every contestant ranks so many (person, item) pairs at most, about two minutes in all; the answers are for everybody.
+_MEASURED_CELLS, _MEASURED_PEOPLE = 800_000_000, 5_000
+# Of a person: all, but for robots.
+_MAX_USER_EVENTS = 2_000
 
 
 def read_sequences(path: Path) -> tuple[EventColumns, list[str]]:
@@ -34,6 +61,8 @@ def read_sequences(path: Path) -> tuple[EventColumns, list[str]]:
     places: list[int] = []
     with path.open() as lines:
         for line in lines:
+            if not line.strip():
+                continue
             name, *sequence = line.split()
             users += [len(names)] * len(sequence)
             items += [number_of.setdefault(item, len(number_of)) for item in sequence]
@@ -51,34 +80,52 @@ def read_sequences(path: Path) -> tuple[EventColumns, list[str]]:
     ), names
 
 
-def write_topk(path: Path, trained: TrainedModel, names: list[str]) -> None:
+def write_topk(
+    path: Path, best_B20: npt.NDArray[np.int32], asked: HeldOut, histories: Histories, names: list[str]
+) -> None:
     """Writes one line a person: `user item1 … item20`, the blend's answer."""
     with path.open("w") as file:
-        for row, user in enumerate(trained.tested.user_B.tolist()):
-            items = [trained.vocabulary[item] for item in trained.best_B20[row].tolist() if item >= 0]
-            file.write(" ".join([names[trained.histories.user_U[user]], *items]) + "\n")
+        for row, user in enumerate(asked.user_B.tolist()):
+            items = [histories.item_ids[item] for item in best_B20[row].tolist() if item >= 0]
+            file.write(" ".join([names[histories.user_U[user]], *items]) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--topk", type=Path)
-    parser.add_argument("--max-seconds", type=int, default=600)
-    parser.add_argument("--size", default="small")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--short-ladder",
-        action="store_true",
-        help="leave out the baselines that take long (EASE, founding model)",
-    )
-    parser.add_argument(
-        "--refit",
-        action="store_true",
-        help="learn from the validation events too before measuring: another protocol than the published tables'",
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    arguments = parser.parse_args()
+def measure_popularity(
+    events: EventColumns, plan: Plan, arguments: argparse.Namespace, names: list[str]
+) -> dict[str, Any]:
+    """Answers by popularity, for files that nothing can be learned from."""
+    histories = clean(events, plan.cleaning)
+    asked, test = everyone(histories), hold_out(histories, 1, exclude_seen=True)
+    count_I = popularity(histories.without_last(1))
+    if arguments.topk:
+        items = histories.item_count
+        nothing = CooccurrenceMatrix(
+            np.zeros(items + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+        )
+        served = Contestants(
+            np.zeros((items, 1), np.float32), count_I, Companion(ScoringParameters(0.0), nothing), count_I, count_I
+        )  # fmt: skip
+        best_B20 = best_items(
+            histories, asked, np.zeros((len(asked), 1), np.float32), served, exclude_seen=True
+        )
+        write_topk(arguments.topk, best_B20, asked, histories, names)
+    rank_B = rank_by_fixed_scores(histories, test, count_I, exclude_seen=True)
+    measures = _measures(rank_B) if len(test) else dict.fromkeys(_NAMES, 0.0)
+    return {
+        **measures,
+        "transformer": dict.fromkeys(_NAMES, 0.0),
+        "ladder": {"popularity": measures},
+        "users": len(test),
+        "gate": "FAILED",
+        "seed": arguments.seed,
+        "train_cpu_seconds": 0.0,
+        "train_wall_seconds": 0.0,
+        "peak_rss_mb": round(peak_resident_bytes() / 1e6, 1),
+    }
 
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains once and returns what the last line says."""
     events, names = read_sequences(arguments.data / "sequences.txt")
     attributes_path = arguments.data / "item_attributes.json"
     attributes = json.loads(attributes_path.read_text()) if attributes_path.exists() else {}
@@ -91,41 +138,140 @@ def main() -> None:
     def report(stage: str, message: str, **_: object) -> None:
         print(f"{time.monotonic() - started:7.1f} s  {stage:<10} {message}", file=sys.stderr, flush=True)
 
-    trained = train_model(
-        events,
-        {item: [str(value) for value in values] for item, values in attributes.items()},
-        resolve(arguments.size, overrides),
-        Plan(max_test_users=sys.maxsize, full_ladder=not arguments.short_ladder, refit=arguments.refit),
-        model_name="bench",
-        seed=arguments.seed,
-        report=report,
+    plan = Plan(
+        cleaning=Cleaning(max_user_events=_MAX_USER_EVENTS),
+        max_test_users=max(_MEASURED_PEOPLE, _MEASURED_CELLS // max(len(events.item_ids), 1)),
+        full_ladder=not arguments.short_ladder,
+        refit=arguments.refit,
+        answer_everyone=arguments.topk is not None,
     )
+    try:
+        trained = train_model(
+            events,
+            {item: [str(value) for value in values] for item, values in attributes.items()},
+            resolve(arguments.size, overrides),
+            plan,
+            model_name="bench",
+            seed=arguments.seed,
+            report=report,
+        )
+    except FailedPrecondition as error:
+        if error.reason != "TOO_LITTLE_DATA":
+            raise
+        report("FAILED", f"{error.message} Popularity answers.")
+        return measure_popularity(events, plan, arguments, names)
     if arguments.topk:
-        write_topk(arguments.topk, trained, names)
+        write_topk(arguments.topk, trained.best_B20, trained.tested, trained.histories, names)
     values = {
-        rung.name: {name: round(interval.value, 5) for name, interval in rung.metrics.items()}
+        rung.name: {name: round(rung.metrics[name].value, 5) for name in _NAMES}
         for rung in trained.report.ladder
     }
     blend = values.pop("blend")
     transformer = values.pop("transformer")
     training = trained.manifest_fields["training"]
-    print(
-        json.dumps(
-            {
-                **{name: blend[name] for name in _NAMES},
-                "transformer": {name: transformer[name] for name in _NAMES},
-                "ladder": {name: {key: rung[key] for key in _NAMES} for name, rung in values.items()},
-                "users": trained.report.user_count,
-                "lambda": trained.manifest_fields["scoring"]["lambda"],
-                "mu": trained.manifest_fields["hyper_parameters"]["popularity_weight"],
-                "gate": trained.verdict.verdict,
-                "seed": arguments.seed,
-                "train_cpu_seconds": round(training["cpu_seconds"], 1),
-                "train_wall_seconds": round(training["wall_seconds"], 1),
-                "peak_rss_mb": round(peak_resident_bytes() / 1e6, 1),
-            }
+    return {
+        **blend,
+        "transformer": transformer,
+        "ladder": values,
+        **({} if trained.frozen_rank_B is None else {"frozen_counts": _measures(trained.frozen_rank_B)}),
+        "users": trained.report.user_count,
+        "protocol": "weights learned from validation events too"
+        if arguments.refit
+        else "weights of training events",
+        "weights": {
+            name.removeprefix("weight_"): round(weight, 3)
+            for name, weight in trained.manifest_fields["hyper_parameters"].items()
+            if name.startswith("weight_")
+        },
+        "gate": trained.verdict.verdict,
+        "seed": arguments.seed,
+        "train_cpu_seconds": round(training["cpu_seconds"], 1),
+        "train_wall_seconds": round(training["wall_seconds"], 1),
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "peak_rss_mb": round(peak_resident_bytes() / 1e6, 1),
+    }
+
+
+def _measures(rank_B: npt.NDArray[np.int64]) -> dict[str, float]:
+    hits = {f"hr@{k}": round(float((rank_B <= k).mean()), 5) for k in (5, 10, 20)}
+    return {**hits, "ndcg@10": round(float(ndcg_at_10(rank_B).mean()), 5)}
+
+
+def measure_seeds(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains once a seed, each in a process of its own; returns the first one's line with the means over all."""
+    lines: list[dict[str, Any]] = []
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        command = [
+            sys.executable,
+            "-m",
+            "services.trainer.bench_quality",
+            *_without(sys.argv[1:], "--seeds", "--seed"),
+        ]
+        if lines:
+            # The answers are those of the first; the baselines do not depend on the seed.
+            command = [*_without(command, "--topk"), "--short-ladder"]
+        done = subprocess.run([*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=True)
+        lines.append(json.loads(done.stdout.splitlines()[-1]))
+    return {**lines[0], **over_seeds(lines)}
+
+
+def over_seeds(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns means in place of values, standard deviations under "sd", and the largest cost of all."""
+
+    def of(pick: Any) -> tuple[dict[str, float], dict[str, float]]:
+        table = np.array([[pick(line)[name] for name in _NAMES] for line in lines])
+        spread = table.std(axis=0, ddof=1) if len(lines) > 1 else np.zeros(len(_NAMES))
+        return (
+            dict(zip(_NAMES, np.round(table.mean(axis=0), 5).tolist(), strict=True)),
+            dict(zip(_NAMES, np.round(spread, 5).tolist(), strict=True)),
         )
+
+    blend, blend_sd = of(lambda line: line)
+    transformer, transformer_sd = of(lambda line: line["transformer"])
+    costs = ("train_cpu_seconds", "train_wall_seconds", "wall_seconds", "peak_rss_mb")
+    return {
+        **blend,
+        "transformer": transformer,
+        "sd": {**blend_sd, "transformer": transformer_sd},
+        "seeds": [line["seed"] for line in lines],
+        **{name: max(line[name] for line in lines) for name in costs},
+    }
+
+
+def _without(words: list[str], *names: str) -> list[str]:
+    """Returns a command line without these options and their values."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if not skip and word not in names:
+            kept.append(word)
+        skip = not skip and word in names
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--topk", type=Path)
+    parser.add_argument("--max-seconds", type=int, default=480, help="of wall time, for training alone")
+    parser.add_argument("--size", default="small")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="train so often, from --seed on, and report means"
     )
+    parser.add_argument(
+        "--short-ladder",
+        action="store_true",
+        help="leave out the baselines that take long (EASE, founding model)",
+    )
+    parser.add_argument(
+        "--refit",
+        action="store_true",
+        help="learn from the validation events too before measuring: another protocol than the published tables'",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter")
+    arguments = parser.parse_args()
+    print(json.dumps(measure_seeds(arguments) if arguments.seeds > 1 else measure(arguments)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from shared.bundle.manifest import ScoringParameters
 from shared.bundle.reader import Bundle, load_bundle
 from shared.bundle.registry import AliasChange, AliasState, Registry
 from shared.bundle.scoring import (
+    Companion,
     CooccurrenceMatrix,
     blended_scores,
     cooccurrence_contributions,
@@ -38,6 +39,7 @@ __all__ = [
     "AliasChange",
     "AliasState",
     "Bundle",
+    "Companion",
     "CooccurrenceMatrix",
     "History",
     "LiteRtEncoder",

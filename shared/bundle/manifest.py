@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from shared.errors import DataLoss, FieldViolation, InvalidInput
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 has neither backward counts nor attribute factors, and its scoring lacks their weights.
+READABLE_SCHEMAS = (1, 2)
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 VOCABULARY = "vocabulary.safetensors"
@@ -33,19 +36,25 @@ class ScoringParameters:
     """The constants of the blend, see `shared.bundle.scoring`.
 
     Attributes:
-        lambda_: weight of the co-occurrence companion, at least 0.
-        scale: factor within its logarithm, at least 0.
+        lambda_: weight of the forward counts, at least 0.
+        scale: factor within the logarithms, at least 0.
         query_decay: weight of a history item relative to the next newer one, in (0, 1].
         window: newest history items that the companion looks at, at least 1.
+        sequence: weight of the Transformer's logits, at least 0.
+        backward, repeat: weights of the backward counts and of the items of the history themselves, any number.
     """
 
     lambda_: float
     scale: float = 30.0
     query_decay: float = 0.6065
     window: int = 50
+    sequence: float = 1.0
+    backward: float = 0.0
+    repeat: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.lambda_ >= 0 and self.scale >= 0 and 0 < self.query_decay <= 1 and self.window >= 1):
+        within = self.lambda_ >= 0 and self.scale >= 0 and 0 < self.query_decay <= 1 and self.window >= 1
+        if not (within and self.sequence >= 0 and math.isfinite(self.backward + self.repeat)):
             raise ValueError(f"{self} is out of range")
 
     def to_json(self) -> dict[str, float | int]:
@@ -55,6 +64,9 @@ class ScoringParameters:
             "scale": self.scale,
             "query_decay": self.query_decay,
             "window": self.window,
+            "sequence": self.sequence,
+            "backward": self.backward,
+            "repeat": self.repeat,
         }
 
     @classmethod
@@ -65,6 +77,9 @@ class ScoringParameters:
             scale=float(fields["scale"]),
             query_decay=float(fields["query_decay"]),
             window=int(fields["window"]),
+            sequence=float(fields.get("sequence", 1.0)),
+            backward=float(fields.get("backward", 0.0)),
+            repeat=float(fields.get("repeat", 0.0)),
         )
 
 
@@ -114,9 +129,10 @@ def read_manifest(directory: Path, public_key: Ed25519PublicKey | None = None) -
         raise damaged(directory, MANIFEST, "it is no JSON object")
     if public_key is not None:
         _verify(directory, manifest, content, public_key)
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    if manifest.get("schema_version") not in READABLE_SCHEMAS:
+        readable = " or ".join(map(str, READABLE_SCHEMAS))
         raise damaged(
-            directory, MANIFEST, f"its schema is {manifest.get('schema_version')!r}, not {SCHEMA_VERSION}"
+            directory, MANIFEST, f"its schema is {manifest.get('schema_version')!r}, not {readable}"
         )
     return manifest
 

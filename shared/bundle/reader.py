@@ -8,6 +8,9 @@ weights.safetensors holds, for I items of dimension D:
     cooccurrence_indptr   (I + 1,)  int64    rows of C, see shared.bundle.scoring
     cooccurrence_indices  (nnz,)    int32
     cooccurrence_weights  (nnz,)    float32  at least 0
+    backward_indptr, backward_indices, backward_weights      optional: rows of the backward counts, likewise
+    attribute_queries     (I, R)    float32  optional, with the next
+    attribute_keys        (I, R)    float32  what attributes say: see shared.bundle.scoring
     last_seen             (I,)      int64    optional: last event, Unix seconds
 
 vocabulary.safetensors holds `utf8` (N,) uint8 and `offsets` (I + 1,) int64.
@@ -35,7 +38,7 @@ from shared.bundle.manifest import (
     read_manifest,
     sha256_of,
 )
-from shared.bundle.scoring import CooccurrenceMatrix
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +51,8 @@ class Bundle:
         max_history: L of the encoder.
         dimension: D of the item vectors.
         item_ids: raw item ids in index order.
-        item_vectors, item_bias, popularity, cooccurrence, last_seen: see the module.
+        item_vectors, item_bias, popularity, last_seen: see the module.
+        companion: counts and attribute factors.
         encoder: the LiteRT runner.
     """
 
@@ -60,7 +64,7 @@ class Bundle:
     item_vectors: npt.NDArray[np.float32]
     item_bias: npt.NDArray[np.float32]
     popularity: npt.NDArray[np.float32]
-    cooccurrence: CooccurrenceMatrix
+    companion: Companion
     last_seen: npt.NDArray[np.int64] | None
     encoder: LiteRtEncoder
 
@@ -73,6 +77,11 @@ class Bundle:
     def version(self) -> str:
         """Id of the version."""
         return str(self.manifest["version"])
+
+    @property
+    def cooccurrence(self) -> CooccurrenceMatrix:
+        """The forward counts."""
+        return self.companion.forward
 
     @property
     def item_count(self) -> int:
@@ -135,9 +144,7 @@ def load_bundle(
         item_vectors=weights["item_vectors"],
         item_bias=weights["item_bias"],
         popularity=weights["popularity"],
-        cooccurrence=CooccurrenceMatrix(
-            weights["cooccurrence_indptr"], weights["cooccurrence_indices"], weights["cooccurrence_weights"]
-        ),
+        companion=Companion.from_arrays(weights, scoring),
         last_seen=weights.get("last_seen"),
         encoder=encoder,
     )
@@ -182,16 +189,27 @@ def _check_weights(weights: dict[str, Any], item_count: int, dimension: int) -> 
     _check_array(weights, "item_vectors", np.float32, (item_count, dimension))
     _check_array(weights, "item_bias", np.float32, (item_count,))
     _check_array(weights, "popularity", np.float32, (item_count,))
-    _check_array(weights, "cooccurrence_indptr", np.int64, (item_count + 1,))
-    _check_array(weights, "cooccurrence_indices", np.int32, (None,))
-    nnz = len(weights["cooccurrence_indices"])
-    _check_array(weights, "cooccurrence_weights", np.float32, (nnz,))
+    if np.any(weights["popularity"] < 0):
+        raise ValueError("a count is negative")
     if "last_seen" in weights:
         _check_array(weights, "last_seen", np.int64, (item_count,))
-    indptr_I1, indices_N = weights["cooccurrence_indptr"], weights["cooccurrence_indices"]
+    _check_counts(weights, "cooccurrence", item_count)
+    if any(name.startswith("backward_") for name in weights):
+        _check_counts(weights, "backward", item_count)
+    if "attribute_queries" in weights or "attribute_keys" in weights:
+        _check_array(weights, "attribute_queries", np.float32, (item_count, None))
+        _check_array(weights, "attribute_keys", np.float32, weights["attribute_queries"].shape)
+
+
+def _check_counts(weights: dict[str, Any], name: str, item_count: int) -> None:
+    _check_array(weights, f"{name}_indptr", np.int64, (item_count + 1,))
+    _check_array(weights, f"{name}_indices", np.int32, (None,))
+    nnz = len(weights[f"{name}_indices"])
+    _check_array(weights, f"{name}_weights", np.float32, (nnz,))
+    indptr_I1, indices_N = weights[f"{name}_indptr"], weights[f"{name}_indices"]
     if indptr_I1[0] != 0 or indptr_I1[-1] != nnz or np.any(np.diff(indptr_I1) < 0):
-        raise ValueError("cooccurrence_indptr does not tile the rows")
+        raise ValueError(f"{name}_indptr does not tile the rows")
     if nnz and (indices_N.min() < 0 or indices_N.max() >= item_count):
-        raise ValueError("cooccurrence_indices points outside the catalogue")
-    if np.any(weights["cooccurrence_weights"] < 0) or np.any(weights["popularity"] < 0):
+        raise ValueError(f"{name}_indices points outside the catalogue")
+    if np.any(weights[f"{name}_weights"] < 0):
         raise ValueError("a count is negative")

@@ -44,7 +44,7 @@ from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 from shared.bundle import Registry, load_bundle
 from shared.bundle.history import encoder_inputs, history_from_events
-from shared.bundle.scoring import CooccurrenceMatrix, blended_scores, cooccurrence_scores
+from shared.bundle.scoring import blended_scores
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.bundle.writer import write_bundle
 from shared.event_kinds import EventKind
@@ -428,16 +428,14 @@ class Bench:
         registry = Registry(self.home / "registry")
         version = registry.alias("main", "production").version  # type: ignore[union-attr]
         bundle = load_bundle(registry.version_path("main", version), read_verifying_key(self.home / "keys"))
-        matrix: CooccurrenceMatrix = bundle.cooccurrence
         found = 0
         for shopper in range(shoppers):
             events = history_of(shopper, self.items)
             read = history_from_events([i for i, _ in events], [int(k) for _, k in events], bundle.index_of)
             query_D = bundle.encoder.encode(*encoder_inputs(read, bundle.item_vectors, MAX_HISTORY))
             scores_I = blended_scores(
-                bundle.item_vectors @ query_D + bundle.item_bias,
-                cooccurrence_scores(matrix, read.indices_H, bundle.scoring),
-                bundle.scoring,
+                bundle.scoring.sequence * (bundle.item_vectors @ query_D) + bundle.item_bias,
+                bundle.companion.added(read.indices_H),
             )
             best = {item_id(int(n)) for n in np.argsort(-scores_I, kind="stable")[:100]}
             # A search leaves nothing out that the shopper knows already.

@@ -55,11 +55,14 @@ def publish(
     alias: bool = True,
     encoder: bytes | None = None,
     max_history: int = MAX_HISTORY,
+    further_arrays: dict[str, np.ndarray] | None = None,
+    further_scoring: dict[str, float] | None = None,
 ) -> str:
     """Publishes a bundle with these weights and returns its version.
 
     Args:
         pairs: co-occurrence weights by (earlier item, later item).
+        further_arrays, further_scoring: backward counts and attribute factors, and their weights.
     """
     item_count, dimension = vectors_ID.shape
     index_of = {item_id: n for n, item_id in enumerate(item_ids)}
@@ -80,12 +83,19 @@ def publish(
             "cooccurrence_indptr": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             "cooccurrence_indices": np.array([column for column, _ in flat], np.int32),
             "cooccurrence_weights": np.array([weight for _, weight in flat], np.float32),
+            **(further_arrays or {}),
         },
         vocabulary=list(item_ids),
         encoder_bytes=encoder or build_sum_encoder(max_history, dimension),
         manifest_fields={
             "encoder": {"max_history": max_history, "dimension": dimension},
-            "scoring": {"lambda": lambda_, "scale": 30.0, "query_decay": 0.6065, "window": 50},
+            "scoring": {
+                "lambda": lambda_,
+                "scale": 30.0,
+                "query_decay": 0.6065,
+                "window": 50,
+                **(further_scoring or {}),
+            },
         },
         attachments={},
         signing_key=read_signing_key(keys),

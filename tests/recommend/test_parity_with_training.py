@@ -23,7 +23,7 @@ import numpy as np
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.export import convert, serving_function
 from services.trainer.pipeline.transformer import Encoder
-from shared.bundle import CooccurrenceMatrix, History, ScoringParameters, encoder_inputs
+from shared.bundle import Companion, CooccurrenceMatrix, History, ScoringParameters, encoder_inputs
 from shared.bundle.scoring import naive_blended_scores
 
 generator = np.random.default_rng(3)
@@ -34,10 +34,14 @@ for weight in encoder.trainable_weights:
     weight.assign(generator.normal(0, 0.3, weight.shape))
 vectors = generator.normal(0, 1, (60, 16)).astype(np.float32)
 counts = np.where(generator.random((60, 60)) < 0.1, generator.random((60, 60)), 0).astype(np.float32)
-rows, columns = np.nonzero(counts)
-matrix = CooccurrenceMatrix(
-    np.concatenate([[0], np.cumsum((counts > 0).sum(1))]).astype(np.int64), columns.astype(np.int32), counts[rows, columns]
-)
+def compressed(counts):
+    rows, columns = np.nonzero(counts)
+    indptr = np.concatenate([[0], np.cumsum((counts > 0).sum(1))]).astype(np.int64)
+    return CooccurrenceMatrix(indptr, columns.astype(np.int32), counts[rows, columns])
+
+scoring = ScoringParameters(lambda_=0.7, sequence=0.8, backward=-0.3, repeat=0.4)
+factors = generator.normal(0, 1, (2, 60, 5)).astype(np.float32)
+companion = Companion(scoring, compressed(counts), compressed(np.ascontiguousarray(counts.T)), *factors)
 run = serving_function(encoder)
 histories, kinds, expected = [], [], []
 for length in (1, 2, 5, 8, 12):
@@ -45,12 +49,11 @@ for length in (1, 2, 5, 8, 12):
     kind = generator.choice([3, 4, 6], length).astype(np.int32)
     read = encoder_inputs(History(items, kind), vectors, size.max_history)
     q = run(*(part[None] for part in read))[0].numpy()
-    scoring = ScoringParameters(lambda_=0.7)
-    expected.append(naive_blended_scores(vectors, np.zeros(60, np.float32), matrix, q, items, scoring))
+    expected.append(naive_blended_scores(vectors, np.zeros(60, np.float32), companion, q, items))
     histories.append(np.pad(items, (12 - length, 0), constant_values=-1))
     kinds.append(np.pad(kind, (12 - length, 0)))
 np.savez(sys.argv[1], encoder=np.frombuffer(convert(encoder), np.uint8), vectors=vectors, counts=counts,
-         histories=histories, kinds=kinds, expected=expected)
+         histories=histories, kinds=kinds, expected=expected, **companion.to_arrays())
 """
 
 
@@ -78,6 +81,10 @@ def test_scores_of_the_server_are_those_of_the_graph(
         lambda_=0.7,
         encoder=exported["encoder"].tobytes(),
         max_history=8,
+        further_arrays={
+            name: array for name, array in exported.items() if name.startswith(("backward_", "attribute_"))
+        },
+        further_scoring={"sequence": 0.8, "backward": -0.3, "repeat": 0.4},
     )
     shop.start()
     for n, (history, kinds) in enumerate(zip(exported["histories"], exported["kinds"], strict=True)):

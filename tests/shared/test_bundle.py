@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shared.bundle import (
+    Companion,
     CooccurrenceMatrix,
     History,
     LiteRtEncoder,
@@ -48,6 +49,18 @@ def arrays(seed: int = 0) -> dict[str, np.ndarray]:
         "cooccurrence_indptr": np.array([0, 2, 2, 3, 5, 6, 7]),
         "cooccurrence_indices": np.array([1, 2, 0, 4, 5, 1, 3], np.int32),
         "cooccurrence_weights": generator.random(7).astype(np.float32),
+    }
+
+
+def all_arrays() -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(1)
+    return {
+        **arrays(),
+        "backward_indptr": np.array([0, 1, 3, 3, 4, 5, 5]),
+        "backward_indices": np.array([0, 2, 5, 3, 1], np.int32),
+        "backward_weights": generator.random(5).astype(np.float32),
+        "attribute_queries": generator.normal(size=(I, 2)).astype(np.float32),
+        "attribute_keys": generator.normal(size=(I, 2)).astype(np.float32),
     }
 
 
@@ -147,10 +160,10 @@ def test_a_signed_manifest_in_another_form_or_schema_is_refused(registry: Regist
     path = registry.version_path("main", publish(registry))
     resign(path)
     load_bundle(path, KEY.public_key())
-    resign(path, schema_version=2)
-    with pytest.raises(DataLoss, match="schema"):
+    resign(path, schema_version=3)
+    with pytest.raises(DataLoss, match="its schema is 3, not 1 or 2"):
         load_bundle(path, KEY.public_key())
-    resign(path, schema_version=1, scoring={"lambda": -1, "scale": 1, "query_decay": 1, "window": 1})
+    resign(path, schema_version=2, scoring={"lambda": -1, "scale": 1, "query_decay": 1, "window": 1})
     with pytest.raises(DataLoss, match="scoring"):
         load_bundle(path, KEY.public_key())
     resign(path, scoring=ScoringParameters(0.5).to_json())
@@ -164,9 +177,31 @@ def test_a_signed_manifest_in_another_form_or_schema_is_refused(registry: Regist
         load_bundle(path, KEY.public_key())
 
 
+def test_a_version_of_the_first_schema_loads_and_scores_as_it_did(registry: Registry) -> None:
+    path = registry.version_path("main", publish(registry))
+    first = {"lambda": 0.5, "scale": 30.0, "query_decay": 0.6065, "window": 50}
+    resign(path, schema_version=1, scoring=first)
+    bundle = load_bundle(path, KEY.public_key())
+    history_H = np.array([3, 0, 2])
+    c_I = cooccurrence_scores(MATRIX, history_H, bundle.scoring)
+    np.testing.assert_allclose(bundle.companion.added(history_H), 0.5 * np.log1p(30 * c_I), rtol=1e-6)
+
+
+def test_backward_counts_and_attribute_factors_come_back_as_they_were_written(registry: Registry) -> None:
+    scoring = ScoringParameters(0.5, backward=-0.2, repeat=0.3, sequence=0.8)
+    fields = {"encoder": {"max_history": L, "dimension": D}, "scoring": scoring.to_json()}
+    version = publish(registry, arrays=all_arrays(), manifest_fields=fields)
+    bundle = load_bundle(registry.version_path("main", version), KEY.public_key())
+    assert bundle.scoring == scoring
+    for name, array in bundle.companion.to_arrays().items():
+        np.testing.assert_array_equal(array, all_arrays()[name])
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"backward_indptr": np.array([0, 1, 3, 3, 4, 5, 5])}, "backward_indices"),
+        ({"attribute_queries": np.zeros((I, 3), np.float32)}, "attribute_keys"),
         ({"item_vectors": np.zeros((I, D + 1), np.float32)}, "item_vectors"),
         ({"item_vectors": np.zeros((I, D), np.int32)}, "item_vectors"),
         ({"item_vectors": np.full((I, D), np.nan, np.float32)}, "not finite"),
@@ -365,29 +400,64 @@ def test_inputs_are_padded_on_the_left_and_hold_the_newest_events() -> None:
 HISTORIES = [np.array(h, np.int64) for h in ([0], [3, 0, 2], [5, 4, 3, 2, 1, 0, 3, 3], [1])]
 
 
+SCORINGS = [
+    ScoringParameters(0.0, window=4),
+    ScoringParameters(0.7, window=4),
+    ScoringParameters(0.7, scale=5.0, window=4, sequence=0.6, backward=-0.4, repeat=0.3),
+]
+
+
 @pytest.mark.parametrize("history_H", HISTORIES)
-@pytest.mark.parametrize("lambda_", [0.0, 0.7])
-def test_scores_equal_the_formula_in_loops(history_H: np.ndarray, lambda_: float) -> None:
-    weights, scoring = arrays(), ScoringParameters(lambda_, window=4)
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("weights", [arrays(), all_arrays()])
+def test_scores_equal_the_formula_in_loops(
+    history_H: np.ndarray, scoring: ScoringParameters, weights: dict[str, np.ndarray]
+) -> None:
+    companion = Companion.from_arrays(weights, scoring)
     query_D = np.random.default_rng(9).normal(size=D).astype(np.float32)
     expected_I = naive_blended_scores(
-        weights["item_vectors"], weights["item_bias"], MATRIX, query_D, history_H, scoring
+        weights["item_vectors"], weights["item_bias"], companion, query_D, history_H
     )
-    logits_I = weights["item_vectors"] @ query_D + weights["item_bias"]
-    c_I = cooccurrence_scores(MATRIX, history_H, scoring)
-    np.testing.assert_allclose(blended_scores(logits_I, c_I, scoring), expected_I, rtol=1e-5)
+    logits_I = scoring.sequence * (weights["item_vectors"] @ query_D) + weights["item_bias"]
+    found_I = blended_scores(logits_I, companion.added(history_H))
+    np.testing.assert_allclose(found_I, expected_I, rtol=1e-5, atol=1e-6)
     candidates_C = np.array([5, 1, 1, 0])
     of_candidates_C = score_candidates(
         weights["item_vectors"],
         weights["item_bias"],
-        MATRIX,
+        companion,
         query_D,
         history_H,
         candidates_C,
-        scoring,
         float(log_partition(logits_I)),
     )
-    np.testing.assert_allclose(of_candidates_C, expected_I[candidates_C], rtol=1e-5)
+    np.testing.assert_allclose(of_candidates_C, expected_I[candidates_C], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("history_H", [*HISTORIES, np.array([], np.int64)])
+def test_what_a_history_item_carries_is_what_the_counts_lose_without_it(history_H: np.ndarray) -> None:
+    scoring = SCORINGS[2]
+    companion = Companion.from_arrays(all_arrays(), scoring)
+    lost_CH = companion.losses(history_H, np.arange(I))
+    assert lost_CH.shape == (I, len(history_H))
+
+    def counted(weight_H: np.ndarray, matrix_II: np.ndarray) -> np.ndarray:
+        return np.log1p(scoring.scale * (weight_H @ matrix_II[history_H]))
+
+    age_H = np.arange(len(history_H))[::-1]
+    weight_H = np.where(age_H < scoring.window, scoring.query_decay**age_H, 0)
+    assert companion.backward is not None
+    for place in range(len(history_H)):
+        without_H = weight_H * (np.arange(len(history_H)) != place)
+        expected_I = sum(
+            weight * (counted(weight_H, matrix) - counted(without_H, matrix))
+            for weight, matrix in (
+                (scoring.lambda_, companion.forward.to_dense()),
+                (scoring.backward, companion.backward.to_dense()),
+                (scoring.repeat, np.eye(I)),
+            )
+        )
+        np.testing.assert_allclose(lost_CH[:, place], expected_I, atol=1e-6)
 
 
 @pytest.mark.parametrize("history_H", [*HISTORIES, np.array([], np.int64)])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from services.trainer.pipeline.cooccurrence import count_cooccurrence
 from services.trainer.pipeline.dataset import Cleaning, clean, hold_out
 from services.trainer.pipeline.evaluation import (
     BLEND,
     Contestants,
-    choose_blend,
     climb_ladder,
-    ndcg_at_10,
     popularity,
     rank_by_fixed_scores,
     rank_by_query,
@@ -19,7 +18,7 @@ from services.trainer.pipeline.evaluation import (
 from services.trainer.pipeline.gate import judge
 from services.trainer.pipeline.report import report_of
 from shared.bundle import ScoringParameters
-from shared.bundle.scoring import CooccurrenceMatrix, naive_blended_scores
+from shared.bundle.scoring import Companion, CooccurrenceMatrix, naive_blended_scores
 from shared.ranking_metrics import Interval
 from tests.trainer.conftest import columns_of, walk
 
@@ -32,35 +31,51 @@ def dense(matrix: CooccurrenceMatrix) -> np.ndarray:
     return C
 
 
-def naive_cooccurrence(histories, window: int) -> np.ndarray:
-    C = np.zeros((histories.item_count, histories.item_count))
+def naive_cooccurrence(histories, window: int) -> tuple[np.ndarray, np.ndarray]:
+    W = np.zeros((histories.item_count, histories.item_count))
     for user in range(histories.user_count):
         items = histories.item_E[histories.start_U1[user] : histories.start_U1[user + 1]]
         for i in range(len(items)):
             for j in range(i + 1, min(i + window, len(items) - 1) + 1):
-                C[items[i], items[j]] += 1 / (j - i)
-    sums = C.sum(axis=1, keepdims=True)
-    return np.divide(C, np.sqrt(sums), out=np.zeros_like(C), where=sums > 0)
+                W[items[i], items[j]] += (j - i) ** -0.7
+
+    def divided(weights: np.ndarray) -> np.ndarray:
+        sums = weights.sum(axis=1, keepdims=True)
+        return np.divide(weights, sums**0.4, out=np.zeros_like(weights), where=sums > 0)
+
+    return divided(W), divided(W.T)
 
 
-def test_cooccurrence_equals_the_loop_over_pairs() -> None:
+@pytest.mark.parametrize("dense_items", [0, 6_000])
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_cooccurrence_equals_the_loop_over_pairs(monkeypatch, dense_items: int, window: int) -> None:
+    monkeypatch.setattr("services.trainer.pipeline.cooccurrence._DENSE_ITEMS", dense_items)
     histories = clean(columns_of(walk(users=60, items=20, longest=30)), Cleaning())
-    for window in (1, 4, 50):
-        np.testing.assert_allclose(
-            dense(count_cooccurrence(histories, window)), naive_cooccurrence(histories, window), rtol=1e-5
-        )
+    for found, expected in zip(
+        count_cooccurrence(histories, window), naive_cooccurrence(histories, window), strict=True
+    ):
+        np.testing.assert_allclose(dense(found), expected, rtol=1e-5)
 
 
 def test_cooccurrence_counted_in_small_portions_is_the_same(monkeypatch) -> None:
+    monkeypatch.setattr("services.trainer.pipeline.cooccurrence._DENSE_ITEMS", 0)
     histories = clean(columns_of(walk(users=60, items=20, longest=30)), Cleaning())
-    whole = dense(count_cooccurrence(histories, 50))
+    whole = dense(count_cooccurrence(histories, 50)[0])
     monkeypatch.setattr("services.trainer.pipeline.cooccurrence._CHUNK_PAIRS", 50)
-    np.testing.assert_allclose(dense(count_cooccurrence(histories, 50)), whole, rtol=1e-6)
+    np.testing.assert_allclose(dense(count_cooccurrence(histories, 50)[0]), whole, rtol=1e-6)
+
+
+def test_a_long_log_is_counted_over_a_shorter_window(monkeypatch) -> None:
+    histories = clean(columns_of(walk(users=60, items=20, longest=30)), Cleaning())
+    monkeypatch.setattr("services.trainer.pipeline.cooccurrence._MAX_PAIRS", 10 * len(histories.item_E))
+    np.testing.assert_allclose(
+        dense(count_cooccurrence(histories, 50)[0]), naive_cooccurrence(histories, 10)[0], rtol=1e-5
+    )
 
 
 def test_a_row_keeps_its_heaviest_entries() -> None:
     histories = clean(columns_of([[0, 1, 2, 3]] * 3 + [[0, 1]]), Cleaning())
-    row = dense(count_cooccurrence(histories, 50, max_row=2))[0]
+    row = dense(count_cooccurrence(histories, 50, max_row=2)[0])[0]
     assert (row > 0).tolist() == [False, True, True, False]
 
 
@@ -70,12 +85,12 @@ def ladder_case(exclude_seen: bool):
     generator = np.random.default_rng(3)
     vectors_ID = generator.normal(size=(histories.item_count, 4)).astype(np.float32)
     query_BD = generator.normal(size=(len(held_out), 4)).astype(np.float32)
-    counted = count_cooccurrence(histories.without_last(1), 50)
+    forward, backward = count_cooccurrence(histories.without_last(1), 50)
+    factors_IR = generator.normal(size=(2, histories.item_count, 3)).astype(np.float32)
     contestants = Contestants(
         vectors_ID,
         generator.normal(size=histories.item_count).astype(np.float32),
-        counted,
-        ScoringParameters(0.7),
+        Companion(ScoringParameters(0.7, backward=-0.3, repeat=0.2), forward, backward, *factors_IR),
         popularity(histories.without_last(1)),
         popularity(histories.without_last(1), 30.0),
     )
@@ -102,10 +117,9 @@ def test_ranks_of_the_blend_and_of_the_transformer_are_those_of_the_formulas(mon
             score_I = naive_blended_scores(
                 contestants.item_vectors_ID,
                 contestants.item_bias_I,
-                contestants.cooccurrence,
+                contestants.companion,
                 query_BD[row],
                 items.astype(np.int64),
-                contestants.scoring,
             )
             target = int(held_out.target_B[row])
             assert ranks[BLEND][row] == naive_rank(score_I, target, seen)
@@ -116,37 +130,6 @@ def test_ranks_of_the_blend_and_of_the_transformer_are_those_of_the_formulas(mon
             ranks["transformer"],
             rank_by_query(histories, held_out, query_BD, contestants.item_vectors_ID, exclude_seen),
         )
-
-
-def test_the_blend_is_the_best_of_the_pairs_tried_and_without_weights_it_is_the_transformer_alone() -> None:
-    histories, held_out, query_BD, contestants = ladder_case(True)
-    lambda_, mu, tried = choose_blend(histories, held_out, query_BD, contestants, True)
-    assert tried[lambda_, mu] == max(tried.values())
-    alone_B = rank_by_query(histories, held_out, query_BD, contestants.item_vectors_ID, True)
-    assert np.isclose(tried[0.0, 0.0], ndcg_at_10(alone_B).mean())
-
-
-def test_where_nothing_but_popularity_teaches_the_blend_is_no_worse_than_popularity() -> None:
-    generator = np.random.default_rng(5)
-    share_I = np.arange(40, 0, -1) ** 2.0
-    draws = [generator.choice(40, 6, p=share_I / share_I.sum()).tolist() for _ in range(400)]
-    histories = clean(columns_of(draws), Cleaning())
-    held_out = hold_out(histories, 1, False)
-    training = histories.without_last(1)
-    contestants = Contestants(
-        generator.normal(size=(histories.item_count, 4)).astype(np.float32),
-        np.zeros(histories.item_count, np.float32),
-        count_cooccurrence(training, 50),
-        ScoringParameters(1.0),
-        popularity(training),
-        popularity(training),
-    )
-    query_BD = generator.normal(size=(len(held_out), 4)).astype(np.float32)
-    lambda_, mu, tried = choose_blend(histories, held_out, query_BD, contestants, False)
-    assert mu > 0
-    popular = ndcg_at_10(rank_by_fixed_scores(histories, held_out, contestants.popularity_I, False)).mean()
-    assert tried[lambda_, mu] > 0.95 * popular
-    assert tried[lambda_, mu] > tried[lambda_, 0.0]
 
 
 def test_ranks_by_fixed_scores_are_those_of_the_whole_matrix() -> None:

@@ -55,12 +55,17 @@ def incumbent(tmp_path: Path, keys_dir: Path) -> Bundle:
             "cooccurrence_indptr": np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=11))]),
             "cooccurrence_indices": columns.astype(np.int32),
             "cooccurrence_weights": dense[rows, columns].astype(np.float32),
+            "backward_indptr": np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=11))]),
+            "backward_indices": columns[::-1].astype(np.int32),
+            "backward_weights": dense[rows, columns].astype(np.float32),
+            "attribute_queries": generator.normal(size=(11, 3)).astype(np.float32),
+            "attribute_keys": generator.normal(size=(11, 3)).astype(np.float32),
         },
         vocabulary=known,
         encoder_bytes=build_sum_encoder(L, D),
         manifest_fields={
             "encoder": {"max_history": L, "dimension": D},
-            "scoring": ScoringParameters(0.7, window=5).to_json(),
+            "scoring": ScoringParameters(0.7, window=5, backward=0.2, repeat=0.1).to_json(),
             "data": {"last_event_at": datetime.fromtimestamp(5 * 60, UTC).isoformat()},
             "metrics": {"ndcg@10": {"value": 0.3, "low": 0.25, "high": 0.35}},
             "evaluation": {"exclude_seen": True, "split": "leave_one_out"},
@@ -90,10 +95,9 @@ def test_the_version_in_service_ranks_todays_items_as_it_serves_them(incumbent: 
         score_J = naive_blended_scores(
             incumbent.item_vectors,
             incumbent.item_bias,
-            incumbent.cooccurrence,
+            incumbent.companion,
             query_D,
             history.indices_H,
-            incumbent.scoring,
         )
         score_of = dict(zip(incumbent.item_ids, score_J, strict=True))
         wanted = histories.item_ids[test.target_B[row]]

@@ -78,3 +78,33 @@ def test_a_clock_that_stands_still_never_shortens_a_training() -> None:
     budget.resume()
     assert budget.affordable_steps(0.0) is None
     assert not budget.fitting_must_end()
+
+
+def test_large_holds_more_than_a_hundred_million_weights_beside_its_tables_and_its_code_runs_when_made_narrow() -> (
+    None
+):
+    import numpy as np
+
+    from services.trainer.pipeline.dataset import Cleaning, ItemAttributes, clean
+    from services.trainer.pipeline.training import SequenceModel, train
+    from tests.trainer.conftest import columns_of, walk
+
+    large = resolve("large", {})
+    narrow = resolve("large", {"dimension": 32, "max_history": 16, "batch_tokens": 64, "max_epochs": 1})
+    histories = clean(columns_of(walk(users=12, items=10)), Cleaning())
+    model = SequenceModel(
+        histories.item_count, ItemAttributes(np.zeros((10, 0), np.int32), 0), narrow, seed=0
+    )
+    budget = Budget(60.0, 0, lambda: 0.0)
+    budget.resume()
+    _, reports = train(model, histories, lambda: 0.5, lambda _: None, budget)
+    assert len(reports) == 1
+    assert np.isfinite(reports[0].loss)
+
+    def matrices(size) -> int:
+        return size.blocks * 12 * size.dimension**2
+
+    # Matrices of 12 D^2 a block, beside vectors.
+    weights = sum(int(np.prod(variable.shape)) for variable in model.dense)
+    assert matrices(narrow) < weights < 1.2 * matrices(narrow)
+    assert matrices(large) > 100e6

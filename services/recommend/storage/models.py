@@ -18,7 +18,7 @@ from services.recommend.domain.cosine import cosine_similarities
 from services.recommend.domain.history import History
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.status import ModelState, Refusal
-from services.recommend.ports import Float32, Int64, ModelHistory
+from services.recommend.ports import CompanionScores, Float32, Int64, ModelHistory
 from services.recommend.storage.search import MOST_EXACT, ApproximateSearch
 from shared.bundle.history import History as BundleHistory
 from shared.bundle.history import encoder_inputs, mark_clean_events
@@ -80,17 +80,19 @@ class BundleModel:
 
     def candidates(self, query_D: Float32, history: ModelHistory, count: int) -> tuple[Int64, float]:
         assert self._search is not None
-        best_C = self._search.best(query_D, count)
-        partition = self._search.log_partition(query_D, self._logits_of(query_D, best_C))
+        weighted_D = self._weighted(query_D)
+        best_C = self._search.best(weighted_D, count)
+        partition = self._search.log_partition(weighted_D, self._logits_of(weighted_D, best_C))
         together_M, c_M = cooccurrence_neighbours(self._matrix, history.indices_H, self._bundle.scoring)
         if len(together_M) > count:
             together_M = together_M[np.argpartition(-c_M, count)[:count]]
         return np.unique(np.concatenate([best_C, together_M, history.indices_H])), partition
 
     def log_partitions(self, queries_QD: Float32) -> Float32:
+        weighted_QD = self._weighted(queries_QD)
         if self._search is not None:
-            return self._search.sampled_partitions(queries_QD)
-        logits_IQ = self._item_vectors_ID @ queries_QD.T
+            return self._search.sampled_partitions(weighted_QD)
+        logits_IQ = self._item_vectors_ID @ weighted_QD.T
         logits_IQ += self._item_bias_I[:, None]
         return log_partition(np.ascontiguousarray(logits_IQ.T))
 
@@ -100,16 +102,19 @@ class BundleModel:
         return score_candidates(
             self._item_vectors_ID,
             self._item_bias_I,
-            self._matrix,
+            self._bundle.companion,
             query_D,
             history.indices_H,
             indices_C,
-            self._bundle.scoring,
             log_partition_of_query,
         )
 
-    def _logits_of(self, query_D: Float32, indices_C: Int64) -> Float32:
-        logits_C: Float32 = self._item_vectors_ID[indices_C] @ query_D
+    def _weighted(self, query_D: Float32) -> Float32:
+        """Returns a query, or several, with the weight that the sequence has in the blend."""
+        return np.float32(self._bundle.scoring.sequence) * query_D
+
+    def _logits_of(self, weighted_D: Float32, indices_C: Int64) -> Float32:
+        logits_C: Float32 = self._item_vectors_ID[indices_C] @ weighted_D
         logits_C += self._item_bias_I[indices_C]
         return logits_C
 
@@ -154,7 +159,7 @@ class BundleModel:
         return self._bundle.encoder.encode(*encoder_inputs(read, self._item_vectors_ID, self.max_history))
 
     def logits(self, query_D: Float32) -> Float32:
-        logits_I: Float32 = self._item_vectors_ID @ query_D
+        logits_I: Float32 = self._item_vectors_ID @ self._weighted(query_D)
         logits_I += self._item_bias_I
         return logits_I
 
@@ -164,18 +169,23 @@ class BundleModel:
     def cooccurrence_contributions(self, history: ModelHistory, indices_C: Int64) -> Float32:
         return cooccurrence_contributions(self._matrix, history.indices_H, indices_C, self._bundle.scoring)
 
-    def cooccurrence_term(self, c: Float32) -> Float32:
-        return np.float32(self._bundle.scoring.lambda_) * self.damped(c)
+    def companion(self, history: ModelHistory) -> CompanionScores:
+        companion = self._bundle.companion
+        forward_I = self.cooccurrence(history)
+        counted_I = companion.counted(history.indices_H, forward_I)
+        return CompanionScores(forward_I, counted_I, companion.content(history.indices_H))
+
+    def counted_losses(self, history: ModelHistory, indices_C: Int64) -> Float32:
+        return self._bundle.companion.losses(history.indices_H, indices_C)
 
     def damped(self, c: Float32) -> Float32:
         return np.log1p(np.float32(self._bundle.scoring.scale) * c)
 
-    def blend(self, logits_I: Float32, c_I: Float32) -> Float32:
-        # `blended_scores` with the logarithm taken where c is above 0 alone: most of a catalogue has none.
+    def blend(self, logits_I: Float32, companion: CompanionScores) -> Float32:
         score_I: Float32 = logits_I - log_partition(logits_I)
-        if self._bundle.scoring.lambda_ != 0:
-            counted = np.flatnonzero(c_I > 0)
-            score_I[counted] += self.cooccurrence_term(c_I[counted])
+        score_I += companion.counted_I
+        if companion.content_I is not None:
+            score_I += companion.content_I
         return score_I
 
 
@@ -338,7 +348,7 @@ def _warm(model: BundleModel) -> None:
         return
     newest = np.array([0], dtype=np.int64)
     history = ModelHistory(newest, np.array([3], np.int32), np.zeros(1, np.int64))
-    scores_I = model.blend(model.logits(model.encode(history)), model.cooccurrence(history))
+    scores_I = model.blend(model.logits(model.encode(history)), model.companion(history))
     model.cosines(0)
     if model.is_searched:
         query_D = model.encode(history)

@@ -122,14 +122,17 @@ def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
     found: list[SourceScore] = []
     index = -1 if model is None else int(model.indices_of(np.array([row], np.int32))[0])
     if model is not None and index >= 0:
-        cooccurrence_I = scores.cooccurrence_I
-        if scores.logits_I is not None and cooccurrence_I is not None:
-            nothing = np.zeros_like(cooccurrence_I)
-            alone = float(model.blend(scores.logits_I, nothing)[index])
-            found.append(_entry(Source.SEQUENCE, scores.logits_I, index, alone))
-        if cooccurrence_I is not None and scores.model_history is not None:
-            added = float(model.cooccurrence_term(cooccurrence_I[index : index + 1])[0])
-            found.append(_entry(Source.COOCCURRENCE, cooccurrence_I, index, added))
+        companion, cooccurrence_I = scores.companion, scores.cooccurrence_I
+        if companion is not None:
+            counted = float(companion.counted_I[index])
+            content_I = companion.content_I
+            if scores.logits_I is not None:
+                alone = float(scores.score_R[row]) - counted
+                alone -= 0.0 if content_I is None else float(content_I[index])
+                found.append(_entry(Source.SEQUENCE, scores.logits_I, index, alone))
+            found.append(_entry(Source.COOCCURRENCE, companion.cooccurrence_I, index, counted))
+            if content_I is not None:
+                found.append(_entry(Source.CONTENT, content_I, index, float(content_I[index])))
         elif cooccurrence_I is not None:
             whole, c = float(scores.score_R[row]), float(cooccurrence_I[index])
             if Source.CONTENT in scores.sources:

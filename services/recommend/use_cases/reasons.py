@@ -91,12 +91,9 @@ def _blend_reasons(
     read: ModelHistory,
     indices_C: npt.NDArray[np.int64],
 ) -> list[list[Reason]]:
-    contributions_CH = model.cooccurrence_contributions(read, indices_C)
-    total_C = contributions_CH.sum(axis=1)
-    strongest_C = contributions_CH.argmax(axis=1)
-    places_C = np.arange(len(indices_C))
-    without_C = np.maximum(total_C - contributions_CH[places_C, strongest_C], 0)
-    lost_C = model.cooccurrence_term(total_C) - model.cooccurrence_term(without_C)
+    lost_CH = model.counted_losses(read, indices_C)
+    strongest_C = lost_CH.argmax(axis=1)
+    lost_C = lost_CH[np.arange(len(indices_C)), strongest_C]
     material_C = lost_C >= MATERIAL_NATS
     reasons: list[list[Reason]] = [[] for _ in range(len(indices_C))]
     for c in np.flatnonzero(material_C):

@@ -16,7 +16,7 @@ from services.recommend.domain.cosine import moment_vector
 from services.recommend.domain.history import History, Purchases, buy_again_scores, purchases_of
 from services.recommend.domain.live_counts import LiveCounts
 from services.recommend.domain.recommendation import Cause, Degradation, Source
-from services.recommend.ports import Float32, Model, ModelHistory
+from services.recommend.ports import CompanionScores, Float32, Model, ModelHistory
 from services.recommend.use_cases.world import World
 
 SIMILAR_COOCCURRENCE_WEIGHT = 0.5
@@ -35,7 +35,8 @@ class Scores:
             None: every row that could have one has.
         query_D: the encoded history.
         log_partition: of the query, where the score was made by search.
-        logits_I, cooccurrence_I: the parts of the blend, where it is one over all items.
+        logits_I, companion: the parts of the blend, where it is one over all items.
+        cooccurrence_I: what was counted, item to item.
         seed_indices: the model's indices of the items that the question is about.
         purchases: of BUY_AGAIN.
         degraded: what it went without.
@@ -48,6 +49,7 @@ class Scores:
     query_D: Float32 | None = None
     log_partition: float = 0.0
     logits_I: Float32 | None = None
+    companion: CompanionScores | None = None
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     purchases: Purchases | None = None
@@ -109,7 +111,7 @@ def searched_scores(
     try:
         query_D = model.encode(read)
     except (RuntimeError, ValueError) as error:
-        scores = _without_encoder(world, model, read, model.cooccurrence(read))
+        scores = _without_encoder(world, model, read, model.companion(read))
         scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
         return scores
     eligible = int(np.count_nonzero(eligible_R))
@@ -144,24 +146,24 @@ def blended_scores(
     read = model.read_history(history)
     if not len(read):
         return popular_scores(world, counts, now)
-    cooccurrence_I = model.cooccurrence(read)
+    companion = model.companion(read)
     if may_encode:
         try:
             query_D = model.encode(read)
             logits_I = model.logits(query_D)
         except (RuntimeError, ValueError) as error:
-            scores = _without_encoder(world, model, read, cooccurrence_I)
+            scores = _without_encoder(world, model, read, companion)
             scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
             return scores
         return Scores(
-            world.by_row(model.blend(logits_I, cooccurrence_I)),
+            world.by_row(model.blend(logits_I, companion)),
             [Source.SEQUENCE, Source.COOCCURRENCE],
             model_history=read,
             query_D=query_D,
             logits_I=logits_I,
-            cooccurrence_I=cooccurrence_I,
+            companion=companion,
         )
-    scores = _without_encoder(world, model, read, cooccurrence_I)
+    scores = _without_encoder(world, model, read, companion)
     scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, "left out to keep the deadline"))
     return scores
 
@@ -183,14 +185,14 @@ def cosine_scores(
     return Scores(world.by_row(model.similarities(portrait_D, moment_D, alpha)), [Source.COSINE])
 
 
-def _without_encoder(world: World, model: Model, read: ModelHistory, cooccurrence_I: Float32) -> Scores:
+def _without_encoder(world: World, model: Model, read: ModelHistory, companion: CompanionScores) -> Scores:
     # The same blend with the popularity prior in place of the model's distribution.
     prior_I = np.log(model.popularity_I + np.float32(1e-3))
     return Scores(
-        world.by_row(model.blend(prior_I, cooccurrence_I)),
+        world.by_row(model.blend(prior_I, companion)),
         [Source.POPULAR, Source.COOCCURRENCE],
         model_history=read,
-        cooccurrence_I=cooccurrence_I,
+        companion=companion,
     )
 
 

@@ -16,8 +16,8 @@ from services.trainer.pipeline.dataset import HeldOut, Histories
 from services.trainer.pipeline.evaluation import EASE, ITEM_KNN, Neighbours, choose_query_decay
 from shared.bundle.scoring import CooccurrenceMatrix
 
-# EASE inverts an I x I matrix: 1.6 GB and minutes at this size.
-EASE_MAX_ITEMS = 20_000
+# EASE inverts a matrix of as many rows: 400 MB and a minute at this size. Of larger catalogues the most popular take part.
+EASE_MAX_ITEMS = 14_000
 # What every run can afford: a second.
 EASE_CHEAP_ITEMS = 2_500
 _EASE_L2 = 200.0
@@ -45,36 +45,78 @@ def item_knn(histories: Histories, neighbours: int = _NEIGHBOURS) -> Cooccurrenc
     return _nearest(row_N[apart], gram.indices[apart], cosine_N[apart], gram.shape[0], neighbours)
 
 
-def ease(histories: Histories, l2: float = _EASE_L2, neighbours: int = _NEIGHBOURS) -> CooccurrenceMatrix:
+def ease(
+    histories: Histories, l2: float = _EASE_L2, neighbours: int = _NEIGHBOURS, max_items: int = EASE_MAX_ITEMS
+) -> CooccurrenceMatrix:
     """Returns the weights of EASE (Steck, 2019), the largest `neighbours` of each row by size.
 
-    P = (X'X + l2 * 1)^-1,  B = 1 - P / diag(P) by column, its diagonal 0.
+    P = (X'X + l2 * 1)^-1,  B[i, j] = -P[i, j] / P[j, j],  B[i, i] = 0.
 
-    Raises:
-        ValueError: there are more than EASE_MAX_ITEMS items.
+    Of more than `max_items` items the most popular take part; the others have no weights.
     """
-    if histories.item_count > EASE_MAX_ITEMS:
-        raise ValueError(f"EASE is for at most {EASE_MAX_ITEMS} items, not {histories.item_count}")
-    # In Fortran's order LAPACK factors and inverts in place: one matrix in memory, not three.
-    P_II = np.asfortranarray(_gram(histories).toarray(order="F"))
-    P_II[np.diag_indices_from(P_II)] += np.float32(l2)
-    factor_II, info = scipy.linalg.lapack.spotrf(P_II, lower=1, overwrite_a=1, clean=0)
-    inverse_II, info_inverse = scipy.linalg.lapack.spotri(factor_II, lower=1, overwrite_c=1)
-    if info or info_inverse:
-        raise ValueError("X'X + l2 is not positive definite")
-    diagonal_I = inverse_II.diagonal().copy()
+    gram = _gram(histories)
+    items = gram.shape[0]
+    taking = np.arange(items)
+    if items > max_items:
+        taking = np.sort(np.argsort(-gram.diagonal(), kind="stable")[:max_items])
+        gram = gram[taking][:, taking]
+    inverse = _SymmetricInverse(gram, l2)
+    diagonal_J = inverse.diagonal()
+    count = len(taking)
     rows, columns, weights = [], [], []
-    count = len(diagonal_I)
     keep = min(neighbours, max(count - 1, 1))
     for item in range(count):
-        # Only the lower triangle holds the inverse.
-        weight_I = np.concatenate([inverse_II[item, :item], inverse_II[item:, item]]) / -diagonal_I
-        weight_I[item] = 0.0
-        best = np.sort(np.argpartition(-np.abs(weight_I), keep - 1)[:keep])
-        rows.append(np.full(len(best), item))
-        columns.append(best)
-        weights.append(weight_I[best])
-    return _compressed(np.concatenate(rows), np.concatenate(columns), np.concatenate(weights), count)
+        weight_J = inverse.row(item) / -diagonal_J
+        weight_J[item] = 0.0
+        best = np.sort(np.argpartition(-np.abs(weight_J), keep - 1)[:keep])
+        rows.append(np.full(len(best), taking[item]))
+        columns.append(taking[best])
+        weights.append(weight_J[best])
+    return _compressed(np.concatenate(rows), np.concatenate(columns), np.concatenate(weights), items)
+
+
+class _SymmetricInverse:
+    """(G + l2 * 1)^-1 of a sparse symmetric matrix, in half the memory of a dense one.
+
+    LAPACK's rectangular full packed format (Gustavson et al., 2010), here lower and of even order N = 2 K: columns below
+    K of the lower triangle stand in an (N + 1, K) array from row 1 on, the lower triangle of the rest stands transposed
+    in the upper triangle above.
+    """
+
+    def __init__(self, gram: scipy.sparse.csr_matrix, l2: float) -> None:
+        self._count = gram.shape[0]
+        order = self._count + self._count % 2
+        self._half = half = order // 2
+        packed = np.zeros((order + 1, half), np.float32, order="F")
+        lower = scipy.sparse.tril(gram).tocoo()
+        left = lower.col < half
+        packed[lower.row[left] + 1, lower.col[left]] = lower.data[left]
+        packed[lower.col[~left] - half, lower.row[~left] - half] = lower.data[~left]
+        first, last = np.arange(half), np.arange(half, order)
+        packed[first + 1, first] += np.float32(l2)
+        packed[last - half, last - half] += np.float32(l2)
+        flat = packed.reshape(-1, order="F")
+        flat, info = scipy.linalg.lapack.spftrf(order, flat, transr="N", uplo="L", overwrite_a=1)
+        flat, info_inverse = scipy.linalg.lapack.spftri(order, flat, transr="N", uplo="L", overwrite_a=1)
+        if info or info_inverse:
+            raise ValueError("X'X + l2 is not positive definite")
+        self._packed = flat.reshape((order + 1, half), order="F")
+
+    def row(self, index: int) -> npt.NDArray[np.float32]:
+        """Returns one row, which is also a column."""
+        packed, half = self._packed, self._half
+        if index < half:
+            found = np.concatenate([packed[index + 1, :index], packed[index + 1 :, index]])
+        else:
+            place = index - half
+            found = np.concatenate([packed[index + 1, :], packed[:place, place], packed[place, place:]])
+        return found[: self._count]
+
+    def diagonal(self) -> npt.NDArray[np.float32]:
+        """Returns the diagonal."""
+        place = np.arange(self._half)
+        found = np.concatenate([self._packed[place + 1, place], self._packed[place, place]])
+        return found[: self._count]
 
 
 def _nearest(
@@ -119,13 +161,16 @@ def item_item_baselines(
 
     Args:
         window: newest events of a history that they look at.
-        full_ladder: EASE whatever it costs, else where it takes about a second.
+        full_ladder: EASE though it may cost a minute, else where it takes about a second.
     """
     makers: dict[str, Callable[[Histories], CooccurrenceMatrix]] = {ITEM_KNN: item_knn}
-    if histories.item_count <= (EASE_MAX_ITEMS if full_ladder else EASE_CHEAP_ITEMS):
+    if full_ladder or histories.item_count <= EASE_CHEAP_ITEMS:
         makers[EASE] = ease
     found = {}
     for name, make in makers.items():
-        chosen = choose_query_decay(histories, validation, make(training), window, exclude_seen)
-        found[name] = Neighbours.of(make(before_test), chosen.scoring)
+        matrix = make(training)
+        chosen = choose_query_decay(histories, validation, matrix, window, exclude_seen)
+        if before_test is not training:
+            matrix = make(before_test)
+        found[name] = Neighbours.of(matrix, chosen.scoring)
     return found

@@ -184,6 +184,14 @@ def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut
     return _hold_out_at(histories, histories.length_U - from_end, exclude_seen)
 
 
+def everyone(histories: Histories) -> HeldOut:
+    """Returns the last event of each person, also of those who have no other, and whatever they had before."""
+    user_B = np.flatnonzero(histories.length_U > 0)
+    prefix_B = histories.length_U[user_B] - 1
+    target_B = histories.item_E[histories.start_U1[user_B] + prefix_B].astype(np.int64)
+    return HeldOut(user_B, target_B, prefix_B)
+
+
 def _hold_out_at(histories: Histories, place_U: Int64, exclude_seen: bool) -> HeldOut:
     """Returns the event at a place of each history that has it, and one before it."""
     user_B = np.flatnonzero((place_U >= 1) & (place_U < histories.length_U))

@@ -11,14 +11,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from services.trainer.pipeline.batch_companion import BatchCompanion, Neighbours
 from services.trainer.pipeline.dataset import HeldOut, Histories
 from shared.bundle.manifest import ScoringParameters
-from shared.bundle.scoring import (
-    CooccurrenceMatrix,
-    blended_scores,
-    cooccurrence_scores_of_batch,
-    log_partition,
-)
+from shared.bundle.scoring import Companion, CooccurrenceMatrix, blended_scores, log_partition
 from shared.ranking_metrics import (
     coverage_at_k,
     hits_of_rank,
@@ -33,38 +29,13 @@ Int64 = npt.NDArray[np.int64]
 BLEND, TRANSFORMER, COOCCURRENCE = "blend", "transformer", "cooccurrence"
 EASE, ITEM_KNN, FOUNDING = "ease", "item_knn", "founding"
 POPULARITY, POPULARITY_DECAYED = "popularity", "popularity_decayed"
-LAMBDA_GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
-# The last ones leave nothing but popularity: where the data teach no more, the blend is no worse than it.
-MU_GRID = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 2.0, 5.0, 20.0, 100.0)
 QUERY_DECAY_GRID = (0.3, 0.6065, 0.85, 1.0)
 HALF_LIFE_DAYS_GRID = (7.0, 30.0, 90.0, 365.0)
 
 # Scores held at once, in cells of four bytes: bounds memory whatever the catalogue's size.
 _CHUNK_CELLS = 8_000_000
 _COVERAGE_USERS = 5_000
-# Up to here a matrix is unfolded for ranking (64 MB), where at least this share of it is filled.
-_DENSE_ITEMS, _DENSE_SHARE = 4_000, 0.02
 _DAY_MICROSECONDS = 86_400e6
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Neighbours:
-    """A model that sums rows of an item-item matrix over the decayed history, as the companion does."""
-
-    matrix: CooccurrenceMatrix
-    scoring: ScoringParameters
-    dense_II: Float32 | None = None
-
-    @classmethod
-    def of(cls, matrix: CooccurrenceMatrix, scoring: ScoringParameters) -> Neighbours:
-        """Returns it with the matrix unfolded where that is faster."""
-        items = matrix.item_count
-        crowded = items <= _DENSE_ITEMS and len(matrix.indices_N) > _DENSE_SHARE * items * items
-        return cls(matrix, scoring, matrix.to_dense() if crowded else None)
-
-    def scores(self, histories: list[Int64]) -> Float32:
-        """Returns the score of every item, (B, I)."""
-        return cooccurrence_scores_of_batch(self.matrix, histories, self.scoring, self.dense_II)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,20 +43,21 @@ class Contestants:
     """Everything that ranks.
 
     Attributes:
-        item_vectors_ID, item_bias_I, cooccurrence, scoring: the served model.
+        item_vectors_ID, item_bias_I, companion: the served model.
         popularity_I, popularity_decayed_I: counts of events.
         neighbours: other item-item models, by name.
         factors: other (query_BD, vectors_ID) models, by name.
+        known_I: items that the served model knows; None for all.
     """
 
     item_vectors_ID: Float32
     item_bias_I: Float32
-    cooccurrence: CooccurrenceMatrix
-    scoring: ScoringParameters
+    companion: Companion
     popularity_I: Float32
     popularity_decayed_I: Float32
     neighbours: Mapping[str, Neighbours] = field(default_factory=dict)
     factors: Mapping[str, tuple[Float32, Float32]] = field(default_factory=dict)
+    known_I: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +100,7 @@ def sample_rows(count: int, limit: int, seed: int) -> Int64:
     return np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
 
 
-def _chunks(
+def chunks(
     histories: Histories, held_out: HeldOut, exclude_seen: bool
 ) -> Iterator[tuple[slice, HeldOut, list[Int64], npt.NDArray[np.bool_] | None]]:
     """Yields rows, their events, their histories, and what must not be ranked."""
@@ -157,7 +129,7 @@ def rank_by_query(
 ) -> Int64:
     """Returns the rank of each held-out item by the Transformer alone, (B,)."""
     rank_B = np.empty(len(held_out), np.int64)
-    for rows, part, _seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
+    for rows, part, _seen, excluded_BI in chunks(histories, held_out, exclude_seen):
         rank_B[rows] = rank_of_target(query_BD[rows] @ item_vectors_ID.T, part.target_B, excluded_BI)
     return rank_B
 
@@ -167,7 +139,7 @@ def rank_by_neighbours(
 ) -> Int64:
     """Returns the rank of each held-out item by an item-item model alone, (B,)."""
     rank_B = np.empty(len(held_out), np.int64)
-    for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
+    for rows, part, seen, excluded_BI in chunks(histories, held_out, exclude_seen):
         rank_B[rows] = rank_of_target(neighbours.scores(seen), part.target_B, excluded_BI)
     return rank_B
 
@@ -180,11 +152,11 @@ def rank_by_blend(
     exclude_seen: bool,
 ) -> Int64:
     """Returns the rank of each held-out item by what is served, (B,)."""
-    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
+    companion = BatchCompanion(contestants.companion, contestants.known_I)
     rank_B = np.empty(len(held_out), np.int64)
-    for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
-        logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T + contestants.item_bias_I
-        score_BI = blended_scores(logits_BI, companion.scores(seen), contestants.scoring)
+    for rows, part, seen, excluded_BI in chunks(histories, held_out, exclude_seen):
+        logits_BI = served_logits(contestants, query_BD[rows] @ contestants.item_vectors_ID.T)
+        score_BI = blended_scores(logits_BI, companion.added(seen, companion.forward(seen)))
         rank_B[rows] = rank_of_target(score_BI, part.target_B, excluded_BI)
     return rank_B
 
@@ -245,50 +217,9 @@ def choose_query_decay(
     return with_decay(max(QUERY_DECAY_GRID, key=quality))
 
 
-def choose_blend(
-    histories: Histories,
-    validation: HeldOut,
-    query_BD: Float32,
-    contestants: Contestants,
-    exclude_seen: bool,
-    lambdas: tuple[float, ...] = LAMBDA_GRID,
-    mus: tuple[float, ...] = MU_GRID,
-) -> tuple[float, float, dict[tuple[float, float], float]]:
-    """Returns (lambda, mu) with the best NDCG@10 on the validation events, and that of each pair tried.
-
-    One after the other: lambda without a prior, mu beside it, lambda anew beside that. Equal quality goes to
-    the smaller weight. The prior is that of `contestants.popularity_decayed_I`.
-    """
-    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
-    scale = np.float32(contestants.scoring.scale)
-    prior_I = popularity_bias(contestants.popularity_decayed_I, 1.0)
-    quality: dict[tuple[float, float], float] = {}
-
-    def measure(pairs: list[tuple[float, float]]) -> None:
-        new = [pair for pair in pairs if pair not in quality]
-        total = dict.fromkeys(new, 0.0)
-        for rows, part, seen, excluded_BI in _chunks(histories, validation, exclude_seen):
-            logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T
-            log_c_BI = np.log1p(scale * companion.scores(seen))
-            for lambda_, mu in new:
-                # As `blended_scores`, but for a constant of each row, which changes no rank.
-                score_BI = logits_BI + np.float32(lambda_) * log_c_BI
-                if mu:
-                    score_BI += np.float32(mu) * prior_I
-                total[lambda_, mu] += float(
-                    ndcg_at_10(rank_of_target(score_BI, part.target_B, excluded_BI)).sum()
-                )
-        quality.update({pair: total[pair] / max(len(validation), 1) for pair in new})
-
-    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-        measure(pairs)
-        return max(pairs, key=lambda pair: quality[pair])
-
-    lambda_, _ = best([(value, 0.0) for value in lambdas])
-    _, mu = best([(lambda_, value) for value in mus])
-    if mu:
-        lambda_, _ = best([(value, mu) for value in lambdas])
-    return lambda_, mu, quality
+def served_logits(contestants: Contestants, product_BI: Float32) -> Float32:
+    """Returns the served logits, (B, I), of products of query and item vectors."""
+    return np.float32(contestants.companion.scoring.sequence) * product_BI + contestants.item_bias_I
 
 
 def climb_ladder(
@@ -305,7 +236,7 @@ def climb_ladder(
     top: dict[str, list[Int32]] = {name: [] for name in names}
     best_B20 = np.full((len(held_out), 20), -1, np.int32)
     probability_B20 = np.zeros((len(held_out), 20), np.float32)
-    companion = Neighbours.of(contestants.cooccurrence, contestants.scoring)
+    companion = BatchCompanion(contestants.companion, contestants.known_I)
     # Where nothing was counted, the more popular goes first, whatever its place in the catalogue.
     order_I = contestants.popularity_I.argsort().argsort()
     tie_break_I = (1e-6 * (order_I + 1) / max(len(order_I), 1)).astype(np.float32)
@@ -326,10 +257,10 @@ def climb_ladder(
                 allowed_BI = score_BI if excluded_BI is None else np.where(excluded_BI, -np.inf, score_BI)  # type: ignore[call-overload]
                 top[name].append(_padded(top_items(allowed_BI, 10), 10))
 
-    for rows, part, seen, excluded_BI in _chunks(histories, held_out, exclude_seen):
+    for rows, part, seen, excluded_BI in chunks(histories, held_out, exclude_seen):
         logits_BI = query_BD[rows] @ contestants.item_vectors_ID.T
-        c_BI = companion.scores(seen)
-        served_BI = blended_scores(logits_BI + contestants.item_bias_I, c_BI, contestants.scoring)
+        c_BI = companion.forward(seen)
+        served_BI = blended_scores(served_logits(contestants, logits_BI), companion.added(seen, c_BI))
         place(BLEND, rows, part, served_BI, excluded_BI)
         place(TRANSFORMER, rows, part, logits_BI, excluded_BI)
         place(COOCCURRENCE, rows, part, c_BI + tie_break_I, excluded_BI)
@@ -350,6 +281,35 @@ def climb_ladder(
         lists[name] = _top_of_fixed_scores(histories, held_out, score_I, exclude_seen)
     coverage = {name: coverage_at_k(list_, histories.item_count, 10) for name, list_ in lists.items()}
     return Climb(ranks, lists, coverage, best_B20, probability_B20)
+
+
+def best_items(
+    histories: Histories,
+    asked: HeldOut,
+    query_BD: Float32,
+    contestants: Contestants,
+    exclude_seen: bool,
+    k: int = 20,
+) -> Int32:
+    """Returns the k best items of what is served, best first, (B, k), -1 where there are fewer.
+
+    Without any event it is the most popular ones; what must be foretold is a candidate like any other.
+    """
+    companion = BatchCompanion(contestants.companion, contestants.known_I)
+    best_BK = np.full((len(asked), k), -1, np.int32)
+    for rows, part, seen, excluded_BI in chunks(histories, asked, exclude_seen):
+        logits_BI = served_logits(contestants, query_BD[rows] @ contestants.item_vectors_ID.T)
+        # The partition is the same for all items of a row.
+        score_BI = logits_BI + companion.added(seen, companion.forward(seen))
+        score_BI[part.prefix_B == 0] = contestants.popularity_I
+        if excluded_BI is not None:
+            for row, (items, target) in enumerate(zip(seen, part.target_B.tolist(), strict=True)):
+                excluded_BI[row, target] = target in items
+            score_BI[excluded_BI] = -np.inf
+        chosen_BK = top_items(score_BI, k)
+        allowed_BK = np.isfinite(np.take_along_axis(score_BI, chosen_BK, axis=1))
+        best_BK[rows, : chosen_BK.shape[1]] = np.where(allowed_BK, chosen_BK, -1)
+    return best_BK
 
 
 def _top_of_fixed_scores(

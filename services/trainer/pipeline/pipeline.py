@@ -7,7 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
 from services.trainer.pipeline.baselines import item_item_baselines
+from services.trainer.pipeline.blend import Blend, FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.checkpoint import Checkpoints, fingerprint_of
 from services.trainer.pipeline.cooccurrence import PairCounts
@@ -29,6 +30,7 @@ from services.trainer.pipeline.dataset import (
     Split,
     clean,
     encode_attributes,
+    everyone,
     leave_one_out,
     require_enough,
     split_by_time,
@@ -37,12 +39,11 @@ from services.trainer.pipeline.evaluation import (
     BLEND,
     FOUNDING,
     Contestants,
-    choose_blend,
+    best_items,
     choose_half_life,
     climb_ladder,
     ndcg_at_10,
     popularity,
-    popularity_bias,
     rank_by_blend,
     rank_by_query,
     sample_rows,
@@ -56,7 +57,6 @@ from services.trainer.pipeline.published import (
 )
 from services.trainer.pipeline.report import Comparison, Report, compare, compare_published, report_of
 from shared.bundle import Bundle
-from shared.bundle.manifest import ScoringParameters
 from shared.errors import Cancelled, FailedPrecondition
 from shared.ranking_metrics import Interval
 
@@ -65,8 +65,6 @@ _VALIDATION_CELLS = 30_000_000
 _VALIDATION_USERS = (500, 3_000)
 # A version in service is encoded person by person, as it serves: so many are enough to compare.
 _COMPARED_USERS = 3_000
-# History items older than this weigh less than e^-12 in the companion.
-COMPANION_WINDOW = 24
 _SECONDS_BETWEEN_STEPS = 5.0
 _EXPORT_SECONDS = 6.0
 _NO_LEAD = Interval(0.0, 0.0, 0.0)
@@ -82,12 +80,13 @@ class Plan:
         cleaning: who and what takes part.
         exclude_seen: leave seen items out of rankings.
         refit: train on with the held-out events: with those of validation before measuring, with all before
-            serving. Without it nothing that is measured ever learned from a held-out event.
+            serving. Without it no weight ever learned from a held-out event.
         force: promote whatever the gate says.
         max_test_users, resamples, confidence: of the evaluation.
         max_size_bytes: of the version.
         split: "leave_one_out" or "global_time".
-        full_ladder: measure every baseline, whatever it costs; else those that take about a second.
+        full_ladder: measure every baseline; else those that take about a second.
+        answer_everyone: rank also for those whose last event is no fair test or was not drawn for it.
     """
 
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -100,6 +99,7 @@ class Plan:
     max_size_bytes: int = 4_000_000_000
     split: str = "leave_one_out"
     full_ladder: bool = False
+    answer_everyone: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +108,8 @@ class TrainedModel:
 
     Attributes:
         best_B20: the blend's answers to the held-out events, item indices, -1 where there are fewer.
-        tested: those events.
+        tested: those events; of everybody, where everyone is answered.
+        frozen_rank_B: ranks of the test by the blend with the counts of the training events alone; of a full ladder.
         histories: all of the data.
     """
 
@@ -122,6 +123,7 @@ class TrainedModel:
     best_B20: npt.NDArray[np.int32]
     tested: HeldOut
     histories: Histories
+    frozen_rank_B: npt.NDArray[np.int64] | None = None
 
 
 def split_of(histories: Histories, plan: Plan) -> Split:
@@ -175,6 +177,7 @@ def train_model(
     code_version: str = "",
     incumbent: Bundle | None = None,
     checkpoints: Checkpoints | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> TrainedModel:
     """Cleans, splits, trains, measures, judges and exports.
 
@@ -183,6 +186,7 @@ def train_model(
         attributes_of: values of each item id, such as "brand:acme".
         report: called with stage, message, and optionally step, epoch, loss, metrics, remaining_seconds.
         should_stop: asked often; true ends the run with Cancelled.
+        clock: monotonic seconds that the time for training is measured with.
         incumbent: the version in service, which the new one must beat.
         checkpoints: of the run; training goes on from there, and notes its passes.
 
@@ -210,7 +214,7 @@ def train_model(
         validation = split.validation.take(sample_rows(len(split.validation), limit, seed))
         test = split.test.take(sample_rows(len(split.test), plan.max_test_users, seed))
         attributes = encode_attributes(histories.item_ids, attributes_of)
-        budget = Budget(size.max_train_seconds, 2 if plan.refit else 0)
+        budget = Budget(size.max_train_seconds, 2 if plan.refit else 0, clock)
         compared = min(len(test), _COMPARED_USERS) if incumbent else 0
         rest = _Rest(budget, len(test) * histories.item_count, 1e-3 * compared)
         report(
@@ -226,11 +230,14 @@ def train_model(
             "Counting co-occurrence and popularity.",
             remaining_seconds=rest.while_fitting() + 8.0,
         )
-        scoring = ScoringParameters(lambda_=1.0, window=min(COMPANION_WINDOW, size.cooccurrence_window))
-        counts = PairCounts(histories.item_count, size.cooccurrence_window)
+        counts = PairCounts(histories.item_count, size.cooccurrence_window, len(histories.item_E))
         counts.add(histories, 0, split.training_U)
-        counted = counts.matrix()
         half_life_days = choose_half_life(histories, validation, training, exclude)
+
+        def terms_of(known: Histories) -> Terms:
+            return Terms.of(counts, attributes, popularity(known, half_life_days))
+
+        terms = terms_of(training)
         check()
     finally:
         importing.join()
@@ -284,19 +291,16 @@ def train_model(
     best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints)
     budget.pause()
     check()
-    popularity_I = popularity(training)
-    contestants = Contestants(
-        model.item_vectors(),
-        np.zeros(histories.item_count, np.float32),
-        counted,
-        scoring,
-        popularity_I,
-        popularity(training, half_life_days),
+    report("TRAINING", "Learning the weights of the blend.", remaining_seconds=rest.while_fitting())
+    blend = learn_blend(
+        histories,
+        split.validation,
+        model.encode(histories, split.validation),
+        FeatureMaker(model.item_vectors(), terms),
+        popularity(training),
+        exclude,
+        seed,
     )
-    lambda_, mu, tried = choose_blend(
-        histories, validation, model.encode(histories, validation), contestants, exclude
-    )
-    scoring = replace(scoring, lambda_=lambda_)
     check()
 
     refit_passes = budget.refit_passes(best_epoch)
@@ -333,8 +337,6 @@ def train_model(
 
     # The measured model may know the validation events: they are older than what it must foretell.
     passes_before = refit_with(before_test, 0, "the validation events", False)
-    known_U = split.before_test_U if plan.refit else split.training_U
-    known = before_test if plan.refit else training
 
     report(
         "EVALUATING",
@@ -344,7 +346,7 @@ def train_model(
     train_cpu_seconds = time.process_time() - cpu_before
     train_wall_seconds = time.monotonic() - wall_before
     neighbours = item_item_baselines(
-        histories, training, known, validation, size.cooccurrence_window, exclude, plan.full_ladder
+        histories, training, before_test, validation, size.cooccurrence_window, exclude, plan.full_ladder
     )
     check()
     factors = {}
@@ -352,38 +354,58 @@ def train_model(
         from services.trainer.pipeline.founding_model import train_founding_model
 
         factors[FOUNDING] = train_founding_model(
-            training, known, histories, validation, test, exclude, seed, check
+            training, before_test, histories, validation, test, exclude, seed, check
         )
-    counts.add(histories, split.training_U, known_U)
-    decayed_I = popularity(known, half_life_days)
-    contestants = Contestants(
-        model.item_vectors(),
-        popularity_bias(decayed_I, mu),
-        counts.matrix(),
-        scoring,
-        popularity(known),
-        decayed_I,
-        neighbours,
-        factors,
-    )
     query_BD = model.encode(histories, test)
+
+    def contestants_with(terms: Terms) -> Contestants:
+        return Contestants(
+            model.item_vectors(),
+            blend.item_bias(terms),
+            blend.companion(terms),
+            popularity(before_test),
+            terms.popularity_I,
+            neighbours,
+            factors,
+        )
+
+    frozen_B = None
+    if plan.full_ladder:
+        frozen_B = rank_by_blend(histories, test, query_BD, contestants_with(terms), exclude)
+    # Counts are no weights: like the histories, they are up to date when the test is taken.
+    counts.add(histories, split.training_U, split.before_test_U)
+    terms = terms_of(before_test)
+    contestants = contestants_with(terms)
     climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
+    best_B20, answered = climb.best_B20, test
+    if plan.answer_everyone:
+        answered = everyone(histories)
+        best_B20 = best_items(histories, answered, model.encode(histories, answered), contestants, exclude)
+    check()
     label = card.SIMULATION if _is_simulated(histories, attributes_of) else ""
     protocol = f"{label + ': ' if label else ''}{split.words}. Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
     measured = report_of(
         histories, test, climb, contestants.item_vectors_ID,
         seed=seed, protocol=protocol, resamples=plan.resamples, confidence=plan.confidence,
     )  # fmt: skip
-    blend = measured.ladder[0]
+    measured_blend = measured.ladder[0]
     comparison = None
     if incumbent is not None:
         comparison = _compare(
-            incumbent, histories, test, climb.ranks[BLEND], blend.metrics, contestants, plan, seed, check
+            incumbent,
+            histories,
+            test,
+            climb.ranks[BLEND],
+            measured_blend.metrics,
+            contestants,
+            plan,
+            seed,
+            check,
         )
     report(
         "EVALUATING",
-        f"Blend: HR@10 {blend.metrics['hr@10'].value:.4f}, NDCG@10 {blend.metrics['ndcg@10'].value:.4f}.",
-        metrics={name: interval.value for name, interval in blend.metrics.items()},
+        f"Blend: HR@10 {measured_blend.metrics['hr@10'].value:.4f}, NDCG@10 {measured_blend.metrics['ndcg@10'].value:.4f}.",
+        metrics={name: interval.value for name, interval in measured_blend.metrics.items()},
         remaining_seconds=rest.while_refitting(refit_passes, True),
     )
     passes_after = refit_with(histories, 1, "every event", True)
@@ -395,16 +417,14 @@ def train_model(
     )
     encoder_bytes = convert(model.encoder)
     parity, encoder_milliseconds = measure_parity(model, encoder_bytes, histories, test)
-    counts.add(histories, known_U)
-    everything = counts.matrix()
-    decayed_I = popularity(histories, half_life_days)
+    counts.add(histories, split.before_test_U)
+    terms = terms_of(histories)
+    companion = blend.companion(terms)
     arrays: dict[str, npt.NDArray[Any]] = {
         "item_vectors": model.item_vectors(),
-        "item_bias": popularity_bias(decayed_I, mu),
-        "popularity": decayed_I,
-        "cooccurrence_indptr": everything.indptr_I1,
-        "cooccurrence_indices": everything.indices_N,
-        "cooccurrence_weights": everything.weights_N,
+        "item_bias": blend.item_bias(terms),
+        "popularity": terms.popularity_I,
+        **companion.to_arrays(),
         "last_seen": _last_seen(histories),
     }
     finite = all(bool(np.isfinite(array).all()) for array in [*arrays.values(), *model.weights()])
@@ -424,8 +444,7 @@ def train_model(
     data = _describe_data(histories, events.watermark, attributes.attribute_count)
     notes = [
         f"{len(epochs)} passes in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
-        f"Blend weight lambda {lambda_:g} and popularity prior mu {mu:g}, the best of {len(tried)} pairs on the "
-        "validation events.",
+        *_describe_blend(blend),
         f"Half-life of popularity: {half_life_days:.0f} days, chosen on the validation events.",
         _describe_refit(passes_before, passes_after),
         f"Training took {train_cpu_seconds:.0f} CPU seconds, {train_wall_seconds:.0f} s of wall time.",
@@ -444,13 +463,13 @@ def train_model(
     }  # fmt: skip
     manifest_fields = {
         "encoder": {"max_history": size.max_history, "dimension": size.dimension},
-        "scoring": scoring.to_json(),
+        "scoring": companion.scoring.to_json(),
         "hyper_parameters": {
             **size.to_json(),
             "seed": seed,
             "best_epoch": best_epoch,
             "refit_epochs": passes_after,
-            "popularity_weight": mu,
+            **{f"weight_{name}": weight for name, weight in blend.weights.items()},
         },
         "data": data,
         **describe_report(measured, exclude, comparison, plan.split),
@@ -470,7 +489,7 @@ def train_model(
     }
     return TrainedModel(
         arrays, histories.item_ids, encoder_bytes, manifest_fields, attachments, verdict, measured,
-        climb.best_B20, test, histories,
+        best_B20, answered, histories, frozen_B,
     )  # fmt: skip
 
 
@@ -584,9 +603,27 @@ def _for_card(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: f"{value:,}" if isinstance(value, int) else value for name, value in data.items()}
 
 
+def _describe_blend(blend: Blend) -> list[str]:
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in blend.weights.items() if weight)
+    judged = (
+        f"NDCG@10 on validation people that did not teach it {blend.ndcg['blend']:.4f}, "
+        f"of popularity {blend.ndcg['popularity']:.4f}"
+    )
+    if blend.fell_back:
+        return [
+            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}): popularity is served."
+        ]
+    return [
+        f"Blend weights learned from the validation events of {blend.people} people: {weights}.",
+        judged + ".",
+    ]
+
+
 def _describe_refit(before: int, after: int) -> str:
     if not before and not after:
-        return "The weights measured and served never saw the held-out events; the counts served know every event."
+        return (
+            "The weights measured and served never saw a held-out event; the counts served know every event."
+        )
     return (
         f"Before measuring, {before} more passes included the validation events; after measuring, {after} more "
         "included every event. The weights served are the latter: they know more than those measured."

@@ -12,7 +12,7 @@ from services.trainer.pipeline.dataset import HeldOut, Histories
 from services.trainer.pipeline.evaluation import Contestants, Neighbours
 from shared.bundle import Bundle
 from shared.bundle.history import History, encoder_inputs, mark_clean_events
-from shared.bundle.scoring import CooccurrenceMatrix
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
 from shared.ranking_metrics import Interval
 
 Float32 = npt.NDArray[np.float32]
@@ -43,11 +43,28 @@ def contestants_of(
     return Contestants(
         vectors_ID,
         bias_I,
-        _renumbered(bundle.cooccurrence, index_I),
-        bundle.scoring,
+        _companion_of(bundle, index_I),
         popularity_I,
         popularity_decayed_I,
         neighbours or {},
+        known_I=known_I,
+    )
+
+
+def _companion_of(bundle: Bundle, index_I: Int64) -> Companion:
+    companion = bundle.companion
+    known_I1 = (index_I >= 0)[:, None]
+
+    def factors(values_JR: Float32 | None) -> Float32 | None:
+        return None if values_JR is None else np.where(known_I1, values_JR[index_I], 0).astype(np.float32)
+
+    backward = None if companion.backward is None else _renumbered(companion.backward, index_I)
+    return Companion(
+        companion.scoring,
+        _renumbered(companion.forward, index_I),
+        backward,
+        factors(companion.attribute_queries_IR),
+        factors(companion.attribute_keys_IR),
     )
 
 

@@ -263,18 +263,23 @@ class SequenceModel:
         return self.encoder(vectors_BTD, kind_BT, allowed_within_segments(segment_BT))
 
     def encode(self, histories: Histories, held_out: HeldOut) -> Float32:
-        """Returns the query vector before each held-out event, (B, D)."""
-        packed = pack_for_encoding(histories, held_out, self.size.max_history)
+        """Returns the query vector before each held-out event, (B, D); zeros where there is no event before it."""
+        query_BD = np.zeros((len(held_out), self.size.dimension), np.float32)
+        with_history = np.flatnonzero(held_out.prefix_B > 0)
+        packed = pack_for_encoding(histories, held_out.take(with_history), self.size.max_history)
         self._refresh_vectors()
-        rows = self.size.rows_per_step
-        parts = [
-            self._encode_rows(*(_fixed(part, rows) for part in batch[:3])).numpy()[: len(batch[0])]
-            for batch in _batches(packed, rows)
-        ]
-        if not parts:
-            return np.zeros((0, self.size.dimension), np.float32)
-        query_RTD = np.concatenate(parts)
-        return query_RTD.reshape(-1, self.size.dimension)[packed.last_S]
+        rows, length = self.size.rows_per_step, self.size.max_history
+        # Of each batch only the answers are kept: all tokens of a large log would be gigabytes.
+        order_S = np.argsort(packed.last_S, kind="stable")
+        last_S = packed.last_S[order_S]
+        for number, batch in enumerate(_batches(packed, rows)):
+            first = number * rows * length
+            here = slice(*np.searchsorted(last_S, [first, first + rows * length]))
+            query_ND = self._encode_rows(*(_fixed(part, rows) for part in batch)).numpy()
+            query_BD[with_history[order_S[here]]] = query_ND.reshape(-1, query_BD.shape[1])[
+                last_S[here] - first
+            ]
+        return query_BD
 
     def _refresh_vectors(self) -> None:
         if not hasattr(self, "_vectors_ID"):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 
 from services.trainer.domain.hyper_parameters import RANGES, HyperParameters
 from services.trainer.domain.runs import Trial
+from services.trainer.pipeline.blend import FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
@@ -28,17 +29,13 @@ from services.trainer.pipeline.dataset import (
     require_enough,
 )
 from services.trainer.pipeline.evaluation import (
-    Contestants,
-    choose_blend,
     choose_half_life,
     ndcg_at_10,
     popularity,
     rank_by_query,
     sample_rows,
 )
-from services.trainer.pipeline.pipeline import COMPANION_WINDOW, Plan, split_of
-from shared.bundle.manifest import ScoringParameters
-from shared.bundle.scoring import CooccurrenceMatrix
+from services.trainer.pipeline.pipeline import Plan, split_of
 
 _STARTUP_TRIALS = 4
 _VALIDATION_USERS = 3_000
@@ -135,8 +132,8 @@ class TuningData:
     training: Histories
     validation: HeldOut
     attributes: ItemAttributes
-    counted: CooccurrenceMatrix
-    popularity_decayed_I: Any
+    terms: Terms
+    popularity_I: npt.NDArray[np.float32]
     size: HyperParameters
     exclude_seen: bool
     seed: int
@@ -159,12 +156,13 @@ class TuningData:
         split = split_of(histories, plan)
         training = histories.first(split.training_U)
         validation = split.validation.take(sample_rows(len(split.validation), _VALIDATION_USERS, seed))
-        counts = PairCounts(histories.item_count, size.cooccurrence_window)
+        counts = PairCounts(histories.item_count, size.cooccurrence_window, len(histories.item_E))
         counts.add(histories, 0, split.training_U)
         half_life_days = choose_half_life(histories, validation, training, plan.exclude_seen)
+        attributes = encode_attributes(histories.item_ids, attributes_of)
+        terms = Terms.of(counts, attributes, popularity(training, half_life_days))
         return cls(
-            histories, training, validation, encode_attributes(histories.item_ids, attributes_of), counts.matrix(),
-            popularity(training, half_life_days), size, plan.exclude_seen, seed,
+            histories, training, validation, attributes, terms, popularity(training), size, plan.exclude_seen, seed
         )  # fmt: skip
 
     def quality(
@@ -195,15 +193,9 @@ class TuningData:
         budget.resume()
         train(model, self.training, validate, lambda _: None, budget, lambda: should_stop() or hopeless)
         budget.pause()
-        scoring = ScoringParameters(lambda_=1.0, window=min(COMPANION_WINDOW, size.cooccurrence_window))
-        contestants = Contestants(
-            model.item_vectors(),
-            np.zeros(self.histories.item_count, np.float32),
-            self.counted,
-            scoring,
-            self.popularity_decayed_I,
-            self.popularity_decayed_I,
-        )
-        query_BD = model.encode(self.histories, self.validation)
-        _, _, tried = choose_blend(self.histories, self.validation, query_BD, contestants, self.exclude_seen)
-        return max(tried.values())
+        blend = learn_blend(
+            self.histories, self.validation, model.encode(self.histories, self.validation),
+            FeatureMaker(model.item_vectors(), self.terms), self.popularity_I, self.exclude_seen, self.seed,
+        )  # fmt: skip
+        # Each person is judged by weights that others taught; popularity is what is served where it is better.
+        return max(blend.ndcg.values())

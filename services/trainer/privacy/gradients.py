@@ -36,7 +36,7 @@ from services.trainer.pipeline.transformer import allowed_within_segments
 from services.trainer.privacy.randomness import SecureRandom
 from services.trainer.privacy.training import Served
 from shared.bundle.manifest import ScoringParameters
-from shared.bundle.scoring import CooccurrenceMatrix
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
 from shared.errors import Cancelled
 
 Int32 = npt.NDArray[np.int32]
@@ -275,7 +275,7 @@ def serve_gradients(
         "learning_rate": model.size.learning_rate,
     }  # fmt: skip
     return Served(
-        Contestants(model.item_vectors(), zeros, nothing, ScoringParameters(0.0), zeros, zeros),
+        Contestants(model.item_vectors(), zeros, Companion(ScoringParameters(0.0), nothing), zeros, zeros),
         encoder_bytes,
         model.size.max_history,
         parity,

@@ -39,6 +39,7 @@ from services.trainer.privacy.counts import (
 )
 from services.trainer.privacy.measuring import TEST_SHARE, NoisyMeasures, measure, parity_of_sum_encoder
 from services.trainer.privacy.randomness import SecureRandom
+from shared.bundle.scoring import Companion
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.errors import Cancelled, FailedPrecondition
 from shared.ranking_metrics import Interval
@@ -161,9 +162,7 @@ def train_privately(
         "item_vectors": contestants.item_vectors_ID,
         "item_bias": contestants.item_bias_I,
         "popularity": contestants.popularity_I,
-        "cooccurrence_indptr": contestants.cooccurrence.indptr_I1,
-        "cooccurrence_indices": contestants.cooccurrence.indices_N,
-        "cooccurrence_weights": contestants.cooccurrence.weights_N,
+        **contestants.companion.to_arrays(),
     }
     if not all(bool(np.isfinite(array).all()) for array in arrays.values()):
         raise FailedPrecondition("DIVERGED", "A weight is no longer a number; lower clip_norm.")
@@ -178,7 +177,7 @@ def train_privately(
     moment = (as_of or datetime.now(UTC)).isoformat()
     manifest_fields = {
         "encoder": {"max_history": served.max_history, "dimension": contestants.item_vectors_ID.shape[1]},
-        "scoring": contestants.scoring.to_json(),
+        "scoring": contestants.companion.scoring.to_json(),
         "hyper_parameters": served.hyper_parameters,
         # The moments are the run's own, not of events; the watermark would count transactions.
         "data": {
@@ -230,7 +229,7 @@ def serve_counts(
     parity, milliseconds = parity_of_sum_encoder(encoder_bytes, vectors_ID, _HISTORY)
     bias_I = (POPULARITY_WEIGHT * np.log1p(popularity_I)).astype(np.float32)
     return Served(
-        Contestants(vectors_ID, bias_I, matrix, SCORING, popularity_I, popularity_I),
+        Contestants(vectors_ID, bias_I, Companion(SCORING, matrix), popularity_I, popularity_I),
         encoder_bytes,
         _HISTORY,
         parity,

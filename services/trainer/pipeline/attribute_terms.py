@@ -1,0 +1,94 @@
+"""What attributes say of the next item: likeness, and which attributes follow which. NumPy and SciPy.
+
+I = items, A = attributes, R = rank, B = people.
+
+    x_i          attributes of i, each weighted by idf_a^2, to length 1;  idf_a = log(I / items with a)
+    similarity   sim(h, i) = x_h · x_i
+    y_i          attributes of i, in equal shares
+    N = Y' W Y   how often attribute b came after a, W being the directed pair weights of items
+    L[a, b]      log((N[a, b] + .1) / (E[a, b] + .1)),  E[a, b] = N[a, :] N[:, b] / N, what chance would give
+    transition   tr(h, i) = y_h L y_i
+
+A history's terms are means over its items, weighted by recency. Both are bilinear in items, so that their weighted sum is
+a matrix (I, I) of low rank: what is served is its best R factors (randomised SVD, Halko, Martinsson & Tropp, 2011).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
+
+from services.trainer.pipeline.dataset import ItemAttributes
+
+Float32 = npt.NDArray[np.float32]
+
+_SMOOTHING = 0.1
+# L is dense: 16 MB. Rarer attributes take no part in transitions.
+_MAX_LIFT_ATTRIBUTES = 2_048
+_OVERSAMPLING, _POWER_ITERATIONS = 16, 3
+
+
+class AttributeTerms:
+    """The terms above of one catalogue.
+
+    Args:
+        attributes: of the items.
+        pairs_II: W, (I, I) sparse.
+    """
+
+    def __init__(self, attributes: ItemAttributes, pairs_II: scipy.sparse.csr_matrix) -> None:
+        items, count = len(attributes.attribute_IP), attributes.attribute_count
+        row_N, place_N = np.nonzero(attributes.attribute_IP)
+        column_N = attributes.attribute_IP[row_N, place_N] - 1
+        has_IA = scipy.sparse.csr_matrix(
+            (np.ones(len(row_N), np.float32), (row_N, column_N)), shape=(items, count)
+        )
+        items_with_A = np.asarray(has_IA.sum(axis=0)).ravel()
+        idf_A = np.log(items / np.maximum(items_with_A, 1.0))
+        weighted_IA = has_IA @ scipy.sparse.diags_array((idf_A**2).astype(np.float32))
+        length_I = np.sqrt(np.asarray(weighted_IA.multiply(weighted_IA).sum(axis=1)).ravel())
+        self.x_IA = _scaled_rows(weighted_IA, length_I)
+        frequent = np.sort(np.argsort(-items_with_A, kind="stable")[:_MAX_LIFT_ATTRIBUTES])
+        shares_IA = has_IA[:, frequent]
+        self.y_IA = _scaled_rows(shares_IA, np.asarray(shares_IA.sum(axis=1)).ravel())
+        n_AA = np.asarray((self.y_IA.T @ pairs_II @ self.y_IA).todense(), np.float64)
+        total = max(float(n_AA.sum()), 1e-9)
+        expected_AA = np.outer(n_AA.sum(axis=1), n_AA.sum(axis=0)) / total
+        self.lift_AA: Float32 = np.log((n_AA + _SMOOTHING) / (expected_AA + _SMOOTHING)).astype(np.float32)
+
+    def similarity(self, mean_BI: scipy.sparse.csr_matrix) -> Float32:
+        """Returns sim of every item, (B, I), for histories as rows of weights that sum to 1."""
+        liked_BA = np.asarray((mean_BI @ self.x_IA).todense(), np.float32)
+        return np.ascontiguousarray((self.x_IA @ liked_BA.T).T, np.float32)
+
+    def transition(self, mean_BI: scipy.sparse.csr_matrix) -> Float32:
+        """Returns tr of every item, (B, I), likewise."""
+        expected_BA = np.asarray((mean_BI @ self.y_IA).todense(), np.float32) @ self.lift_AA
+        return np.ascontiguousarray((self.y_IA @ expected_BA.T).T, np.float32)
+
+    def factors(self, similarity: float, transition: float, rank: int) -> tuple[Float32, Float32]:
+        """Returns a, k, each (I, R): a_h · k_i is close to similarity * sim(h, i) + transition * tr(h, i)."""
+        items = self.x_IA.shape[0]
+        width = min(items, rank + _OVERSAMPLING)
+
+        def product(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
+            return np.asarray(found + transition * (self.y_IA @ (self.lift_AA @ (self.y_IA.T @ right_IR))))
+
+        def transposed(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
+            return np.asarray(found + transition * (self.y_IA @ (self.lift_AA.T @ (self.y_IA.T @ right_IR))))
+
+        basis_IR = np.linalg.qr(product(np.random.default_rng(0).normal(size=(items, width))))[0]
+        for _ in range(_POWER_ITERATIONS):
+            basis_IR = np.linalg.qr(product(np.linalg.qr(transposed(basis_IR))[0]))[0]
+        left_RR, size_R, right_RI = np.linalg.svd(transposed(basis_IR).T, full_matrices=False)
+        root_R = np.sqrt(size_R[:rank])
+        queries_IR = (basis_IR @ left_RR[:, :rank]) * root_R
+        return queries_IR.astype(np.float32), (right_RI[:rank].T * root_R).astype(np.float32)
+
+
+def _scaled_rows(matrix: scipy.sparse.sparray, length_I: npt.NDArray[np.floating]) -> scipy.sparse.csr_matrix:
+    inverse_I = np.where(length_I > 0, 1 / np.maximum(length_I, 1e-12), 0.0).astype(np.float32)
+    return scipy.sparse.csr_matrix(scipy.sparse.diags_array(inverse_I) @ matrix)

@@ -1,0 +1,107 @@
+"""What `make bench-quality` reads, says and writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.trainer.bench_quality import _without, over_seeds, read_sequences
+from tests.trainer.conftest import walk
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAMES = {"hr@5", "hr@10", "hr@20", "ndcg@10"}
+
+
+def bench(directory: Path, *options: str) -> tuple[dict, dict[str, list[str]]]:
+    """Returns the last line and the answers by user."""
+    topk = directory / "topk.txt"
+    command = [sys.executable, "-m", "services.trainer.bench_quality", "--data", directory, "--topk", topk]
+    done = subprocess.run(
+        [*map(str, command), "--size", "tiny", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in topk.read_text().splitlines()]
+    return json.loads(done.stdout.splitlines()[-1]), {user: items for user, *items in lines}
+
+
+def test_everybody_is_answered_with_items_that_are_new_to_them_whatever_the_ids(tmp_path: Path) -> None:
+    sequences = {
+        f"u{n}": [str(7 * item + 1_000_003) for item in items]
+        for n, items in enumerate(walk(users=150, items=40))
+    }
+    sequences["only-one"] = [sequences["u0"][0]]
+    (tmp_path / "sequences.txt").write_text(
+        "\n".join(" ".join([user, *items]) for user, items in sequences.items()) + "\n\n"
+    )
+    (tmp_path / "item_attributes.json").write_text(
+        json.dumps({items[0]: [1, 2] for items in sequences.values()})
+    )
+    said, answers = bench(tmp_path, "--short-ladder")
+
+    assert set(answers) == set(sequences)
+    catalogue = {item for items in sequences.values() for item in items}
+    hits = 0
+    tested = 0
+    for user, (*before, last) in sequences.items():
+        answer = answers[user]
+        assert len(answer) == len(set(answer)) <= 20
+        assert set(answer) <= catalogue - set(before)
+        if before and last not in before:
+            tested += 1
+            hits += last in answer[:10]
+    # What is said is what the answers are worth.
+    assert said["users"] == tested
+    assert said["hr@10"] == pytest.approx(hits / tested, abs=1e-5)
+    assert set(said) >= NAMES
+    assert set(said["transformer"]) == NAMES
+    assert {"popularity", "item_knn", "cooccurrence"} <= set(said["ladder"])
+    assert {"train_cpu_seconds", "train_wall_seconds", "peak_rss_mb"} <= set(said)
+
+
+def test_a_file_of_one_person_is_answered_by_popularity(tmp_path: Path) -> None:
+    (tmp_path / "sequences.txt").write_text("1 5 6 7\n")
+    said, answers = bench(tmp_path)
+    assert answers == {"1": ["7"]}
+    assert said["users"] == 1
+    assert said["gate"] == "FAILED"
+
+
+def test_a_file_of_histories_keeps_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "sequences.txt"
+    path.write_text("b 9 8 9\na 8\n")
+    events, names = read_sequences(path)
+    assert names == ["b", "a"]
+    assert [events.item_ids[item] for item in events.item_E] == ["9", "8", "9", "8"]
+    assert events.order_E.tolist() == [0, 1, 2, 0]
+
+
+def test_several_seeds_give_means_and_standard_deviations() -> None:
+    def line(seed: int, value: float) -> dict:
+        measures = dict.fromkeys(NAMES, value)
+        costs = dict.fromkeys(
+            ("train_cpu_seconds", "train_wall_seconds", "wall_seconds", "peak_rss_mb"), 10.0 * seed
+        )
+        return {**measures, "transformer": dict.fromkeys(NAMES, value / 2), "seed": seed, **costs}
+
+    said = over_seeds([line(1, 0.1), line(2, 0.2), line(3, 0.3)])
+    assert said["hr@10"] == pytest.approx(0.2)
+    assert said["transformer"]["ndcg@10"] == pytest.approx(0.1)
+    assert said["sd"]["hr@10"] == pytest.approx(np.std([0.1, 0.2, 0.3], ddof=1))
+    assert said["sd"]["transformer"]["hr@10"] == pytest.approx(0.05)
+    assert said["seeds"] == [1, 2, 3]
+    assert said["peak_rss_mb"] == 30.0
+
+
+def test_an_option_is_left_out_together_with_its_value() -> None:
+    assert _without(["--data", "d", "--topk", "f", "--seed", "3", "--refit"], "--topk", "--seed") == [
+        "--data", "d", "--refit",
+    ]  # fmt: skip
