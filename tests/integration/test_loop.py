@@ -47,8 +47,10 @@ def test_the_next_click_changes_the_answer(trained: Suite) -> None:
     token = trained.record([view(user_id, item_id(3, 7))]).consistency_token
     after = recommend(trained, user_id, consistency_token=token)
     assert ids(before) != ids(after)
-    assert item_id(3, 8) in ids(after)
-    assert item_id(3, 8) not in ids(before)
+    what_comes_next = item_id(3, 8)
+    assert what_comes_next in ids(after)
+    # It may have filled up the first page by chance, behind what the first view called for.
+    assert ids(after).index(what_comes_next) < [*ids(before), what_comes_next].index(what_comes_next)
     assert any(reason.source_item_id == item_id(3, 7) for item in after.items for reason in item.reasons)
 
 
