@@ -31,6 +31,7 @@ Bots fetch pages at machine speed in catalogue order and never buy.
     shop       items                     pure
     shoppers   who they are, how they choose   pure
     history    a past of plain browsing  pure
+    population the views of very many  pure
     live       visits on a running suite over gRPC
 
 Numbers from here say nothing about people. They are labelled SIMULATION wherever they show.

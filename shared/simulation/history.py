@@ -82,16 +82,41 @@ def make_history(scale: Scale) -> tuple[World, EventBatch]:
     crowd = make_crowd(rng, shop, scale.shoppers, scale.visits_per_shopper / scale.days, scale.bot_share)
     log = _Log()
     people = np.flatnonzero(~crowd.is_bot)
-    visits = rng.poisson(crowd.visits_per_day[people] * scale.days)
-    visits = np.maximum(visits, 1)
-    order = [np.sort(_visit_days(rng, n, scale.days)) for n in visits.tolist()]
-    sales = shop.appeal.copy()
-    for number in range(int(visits.max(initial=0))):
-        rows = people[visits > number]
-        days = np.array([order[i][number] for i in np.flatnonzero(visits > number)])
-        _visit(rng, shop, crowd, rows, days, number, scale.days, sales, log)
+    order = browse_days(rng, crowd, people, scale.days)
+    _browse(rng, shop, crowd, people, order, scale.days, shop.appeal.copy(), log)
     _bots(rng, shop, np.flatnonzero(crowd.is_bot), scale.days, log)
     return World(scale, shop, crowd, rng), _batch(shop, scale, log)
+
+
+def browse_days(rng: np.random.Generator, crowd: Crowd, people: Ints, days: int) -> list[Floats]:
+    """Returns the days of the visits of each of `people`, ascending, at least one each."""
+    visits = np.maximum(rng.poisson(crowd.visits_per_day[people] * days), 1)
+    return [np.sort(_visit_days(rng, n, days)) for n in visits.tolist()]
+
+
+def browse_people(
+    rng: np.random.Generator, shop: Shop, crowd: Crowd, people: Ints, order: list[Floats], days: int, sales: Floats
+) -> tuple[Ints, Ints, Floats, Ints]:  # fmt: skip
+    """Returns who, EventKind, day and item of every line of the visits on the days of `order`; changes `sales`."""
+    log = _Log()
+    _browse(rng, shop, crowd, people, order, days, sales, log)
+    return (
+        np.concatenate(log.who),
+        np.concatenate(log.kind),
+        np.concatenate(log.day),
+        np.concatenate(log.item),
+    )
+
+
+def _browse(
+    rng: np.random.Generator, shop: Shop, crowd: Crowd, people: Ints, order: list[Floats], days: int,
+    sales: Floats, log: _Log,
+) -> None:  # fmt: skip
+    visits = np.array([len(own) for own in order])
+    for number in range(int(visits.max(initial=0))):
+        rows = people[visits > number]
+        at = np.array([order[i][number] for i in np.flatnonzero(visits > number)])
+        _visit(rng, shop, crowd, rows, at, number, days, sales, log)
 
 
 def _visit_days(rng: np.random.Generator, count: int, days: int) -> Floats:

@@ -58,12 +58,18 @@ class NoisyCounts:
     noise: float
 
 
-def add_noise(shares: Shares, noise_multiplier: float, random: SecureRandom) -> NoisyCounts:
-    """Returns the noisy sums; a noise multiplier of 0, for controls and comparisons alone, adds none."""
+def add_noise(
+    shares: Shares, noise_multiplier: float, random: SecureRandom, threshold: int | None = None
+) -> NoisyCounts:
+    """Returns the noisy sums; a noise multiplier of 0, for controls and comparisons alone, adds none.
+
+    `threshold` is T by default; any other is as private, and a low one keeps every cell.
+    """
     items = len(shares.popularity_I)
     cells = items * items
     noise = noise_multiplier * GRID
-    threshold = max(1, int(np.ceil(threshold_of(items) * noise)))
+    if threshold is None:
+        threshold = max(1, int(np.ceil(threshold_of(items) * noise)))
     weight_N = shares.weight_N + np.rint(noise * random.normal(len(shares.pair_N))).astype(np.int64)
     kept = weight_N >= threshold
     pair_N, weight_N = shares.pair_N[kept], weight_N[kept]

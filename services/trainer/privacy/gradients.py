@@ -130,7 +130,7 @@ class PrivateTrainer:
                 logits_TN = tf.where(taken_N[None, :], -1e9, logits_TN)
                 both_T = tf.concat([positive_T[:, None], logits_TN], axis=1)
                 loss_T = tf.reduce_logsumexp(both_T, axis=1) - positive_T
-                weight_T = tf.cast(known_T, tf.float32)
+                weight_T = tf.cast(item_S[1:] >= 0, tf.float32)
                 loss = tf.reduce_sum(loss_T * weight_T) / tf.maximum(tf.reduce_sum(weight_T), 1.0)
             own, other, *rest = tape.gradient(
                 loss,
@@ -232,6 +232,20 @@ def train_gradients(
         trainer.step(items, kinds, negatives)
         on_step(step + 1)
     return model
+
+
+def losses(model: SequenceModel, people: Histories) -> npt.NDArray[np.float64]:
+    """Returns each person's mean loss over the full catalogue, (U,): what an attacker who has the model can compute."""
+    vectors_ID = model.item_vectors()
+    total_U = np.zeros(people.user_count)
+    longest = min(int(people.length_U.max(initial=0)), model.size.max_history)
+    for back in range(1, longest):
+        held = hold_out(people, back, exclude_seen=False)
+        logits_BI = model.encode(people, held) @ vectors_ID.T
+        largest_B = logits_BI.max(axis=1)
+        partition_B = largest_B + np.log(np.exp(logits_BI - largest_B[:, None]).sum(axis=1))
+        total_U[held.user_B] += partition_B - logits_BI[np.arange(len(held)), held.target_B]
+    return total_U / np.maximum(np.minimum(people.length_U, longest) - 1, 1)
 
 
 def serve_gradients(

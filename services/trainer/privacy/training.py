@@ -80,14 +80,23 @@ class Served:
     queries: Callable[[Histories], npt.NDArray[np.float32]] | None = None
 
 
-def plan_releases(private: DifferentialPrivacy) -> tuple[GaussianRelease, GaussianRelease]:
-    """Returns the releases of training and of measuring: each may spend all of epsilon, on people of its own."""
+def plan_releases(
+    private: DifferentialPrivacy,
+) -> tuple[GaussianRelease, GaussianRelease, tuple[GaussianRelease, ...]]:
+    """Returns the releases of training and of measuring, and what to charge for both.
+
+    Each may spend all of epsilon, on people of its own, so that (epsilon, delta) holds of both together. The ledger
+    composes more than (epsilon, delta): for counts the two are one and the same release, and one is charged; for
+    gradients they differ, both are charged, and measuring takes three times the noise, to cost little.
+    """
     measuring = noise_for(private.epsilon, private.delta)
     if private.mechanism == COUNTS:
-        return measuring, measuring
+        return measuring, measuring, (measuring,)
     from services.trainer.privacy.gradients import SAMPLING_RATE, STEPS
 
-    return noise_for(private.epsilon, private.delta, SAMPLING_RATE, STEPS), measuring
+    training = noise_for(private.epsilon, private.delta, SAMPLING_RATE, STEPS)
+    measuring = GaussianRelease(3 * measuring.noise_multiplier)
+    return training, measuring, (training, measuring)
 
 
 def train_privately(
@@ -131,9 +140,9 @@ def train_privately(
             {"items": str(len(catalogue))},
         )
     random = random or SecureRandom()
-    training_release, measuring_release = plan_releases(private)
+    training_release, measuring_release, charged = plan_releases(private)
     # From here on something of people is computed; nothing gives this back.
-    charge([training_release])
+    charge(charged)
     report("PREPARING", f"Epsilon {private.epsilon:g}, delta {private.delta:g} are charged to the budget.")
     histories = over_catalogue(events, plan.cleaning, catalogue)
     coin_U = random.coins(histories.user_count, TEST_SHARE)
