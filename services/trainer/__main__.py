@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 from services.trainer.clock import next_run_at
+from services.trainer.drift import DriftMeter
 from services.trainer.metrics import RunMetrics
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
@@ -67,7 +68,7 @@ class Trainer:
             schedule_store,
             store,
             self.supervisor,
-            lambda schedule: None,
+            DriftMeter(self.database, registry, telemetry.logger).why_to_train,
             telemetry.logger,
             drift_interval_seconds=settings.drift_check_seconds,
             max_queued=settings.max_queued_runs,

@@ -50,6 +50,7 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         # Starts runs by the clock and on drift.
         "scheduler": {"clock", "domain", "ports", "storage"},
         "clock": set(),
+        "drift": {"domain"},
         # Told to Prometheus, from the ports.
         "metrics": {"ports"},
         "bench_quality": {"pipeline", "domain"},

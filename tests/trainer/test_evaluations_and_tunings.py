@@ -30,7 +30,9 @@ Config = training_run_pb2.TrainingConfig
 Split = training_run_pb2.EvaluationConfig
 
 
-def next_item_version(root: Path, key: Ed25519PrivateKey, trained_until_minute: int) -> Path:
+def next_item_version(
+    root: Path, key: Ed25519PrivateKey, trained_until_minute: int, watermark: str = ""
+) -> Path:
     """Publishes a version that foretells the item after the last one; returns its directory."""
     registry = Registry(root)
     # The query is the last item's vector; item i answers to the vector of item i - 1. No counts.
@@ -51,7 +53,10 @@ def next_item_version(root: Path, key: Ed25519PrivateKey, trained_until_minute: 
         manifest_fields={
             "encoder": {"max_history": L, "dimension": D},
             "scoring": ScoringParameters(0.0).to_json(),
-            "data": {"last_event_at": datetime.fromtimestamp(60 * trained_until_minute, UTC).isoformat()},
+            "data": {
+                "last_event_at": datetime.fromtimestamp(60 * trained_until_minute, UTC).isoformat(),
+                "watermark": watermark,
+            },
             "gate": {"verdict": "PASSED", "reasons": [], "checks": []},
         },
         attachments={},

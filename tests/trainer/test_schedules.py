@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+import numpy as np
+import psycopg
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.trainer.v1 import schedule_pb2, training_run_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
 from services.trainer.clock import next_run_at
-from tests.trainer.conftest import eventually
+from services.trainer.domain.drift import bins_of_items, drift_of_items, population_stability_index
+from shared.keys import read_signing_key
+from tests.trainer.conftest import eventually, walk
+from tests.trainer.test_evaluations_and_tunings import next_item_version
 from tests.trainer.test_run_lifecycle import failure_of
 
 NIGHT = "30 2 * * *"
@@ -122,3 +129,57 @@ def test_the_servers_own_thread_starts_what_is_due(record, start_trainer) -> Non
     with trainer.database.connect() as connection:
         connection.execute("UPDATE schedules SET next_run_at = clock_timestamp()")
     eventually(lambda: len(stub.ListTrainingRuns(pb.ListTrainingRunsRequest()).training_runs) == 1, 20)
+
+
+def test_the_stability_index_is_that_of_the_formula() -> None:
+    expected, actual = np.array([60, 30, 10]), np.array([20, 30, 50])
+    e = [(x + 0.5) / 101.5 for x in (60, 30, 10)]
+    a = [(x + 0.5) / 101.5 for x in (20, 30, 50)]
+    by_hand = sum((y - x) * math.log(y / x) for x, y in zip(e, a, strict=True))
+    assert population_stability_index(expected, actual) == pytest.approx(by_hand)
+    assert population_stability_index(expected, 7 * expected) < 1e-3
+
+
+def test_noise_is_no_drift_and_a_new_fashion_or_many_new_items_are() -> None:
+    generator = np.random.default_rng(0)
+    share = 1 / np.arange(1, 2001)
+    old = generator.multinomial(50_000, share / share.sum())
+    same = generator.multinomial(1_000, share / share.sum())
+    assert drift_of_items(old, same) < 0.2
+    assert drift_of_items(old, generator.multinomial(1_000, np.roll(share, 7) / share.sum())) > 0.2
+    with_new = np.append(same, 300)
+    assert drift_of_items(np.append(old, 0), with_new) > 0.2
+    assert len(np.unique(bins_of_items(np.append(old, 0)))) == 61
+
+
+def test_a_log_that_has_moved_away_starts_a_run_and_one_that_has_not_does_not(
+    record, start_trainer, database_url: str, tmp_path: Path, keys_dir: Path
+) -> None:
+    record(walk(users=200, items=12))
+    with psycopg.connect(database_url) as connection:
+        row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+    assert row is not None
+    path = next_item_version(
+        tmp_path / "registry", read_signing_key(keys_dir), 0, watermark=row[0].encode().hex()
+    )
+    trainer, stub = start_trainer(drift_check_seconds=1e-6)
+    trainer.supervisor.stop()
+    trainer.scheduler.stop()
+    stub.PromoteModel(pb.PromoteModelRequest(version=path.name))
+    stub.CreateSchedule(schedule("drift", drift=schedule_pb2.DriftTrigger(min_new_events=500)))
+
+    def runs() -> list[training_run_pb2.TrainingRun]:
+        # Stopped above: the test turns its wheel.
+        trainer.scheduler._stopping.clear()
+        trainer.scheduler.tick()
+        return list(stub.ListTrainingRuns(pb.ListTrainingRunsRequest()).training_runs)
+
+    assert runs() == []
+    record(walk(users=100, items=12, seed=2), first_user=1000)
+    # Enough that is new, and all of it alike.
+    assert runs() == []
+    record([[0, 1] * 5] * 150, first_user=2000)
+    (run,) = runs()
+    assert run.schedule_id == "drift"
+    # Not again within the schedule's interval.
+    assert len(runs()) == 1

@@ -17,6 +17,7 @@ from services.trainer.domain.runs import (
     check_name,
 )
 from shared.bundle.history import INTEREST_KINDS
+from shared.errors import Unimplemented
 
 _SIZES = {
     training_run_pb2.TrainingConfig.SIZE_UNSPECIFIED: "small",
@@ -42,7 +43,12 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
 
     Raises:
         InvalidInput: naming every field that is wrong.
+        Unimplemented: it asks for what this build cannot do.
     """
+    if message.initial_version:
+        raise Unimplemented(
+            "NOT_BUILT_YET", "config.initial_version is not built yet; leave it out to train from the start."
+        )
     violations = Violations()
     violations.check(message.size in _SIZES, "config.size", "must be a size of TrainingConfig.")
     violations.check(
@@ -72,9 +78,6 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         refit=message.refit if message.HasField("refit") else True,
         max_memory_bytes=message.max_memory_bytes,
         differential_privacy=private,
-        initial_version=check_name(message.initial_version, "config.initial_version", "")
-        if message.initial_version
-        else "",
     )
 
 
