@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from prometheus_client import Counter
@@ -45,7 +45,7 @@ from services.feedback.converters.metrics import (
 )
 from services.feedback.converters.off_policy import from_estimate, to_policy_value
 from services.feedback.converters.people import from_consent, to_consent, to_receipt
-from services.feedback.converters.results import to_consistency_token, to_results
+from services.feedback.converters.results import to_consistency_token, to_record_events_response, to_results
 from services.feedback.converters.upkeep import from_purge_events, from_rotate_user_keys, to_key_rotation
 from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
 from services.feedback.use_cases import (
@@ -139,17 +139,13 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
 
     # Recording
 
-    def RecordEvents(
-        self, request: feedback_service_pb2.RecordEventsRequest, context: grpc.ServicerContext
-    ) -> feedback_service_pb2.RecordEventsResponse:
-        """Records a batch."""
-        batch = self._reader.read(request.events)
+    def RecordEvents(self, request: bytes, context: grpc.ServicerContext) -> bytes:  # type: ignore[override]
+        """Records a batch; see `add_to_server` for why it takes and returns bytes."""
+        batch = self._reader.read_request(request)
         timeout = time_remaining_seconds(context, self._commit_timeout_seconds)
         recorded = self._use_cases.record_events.submit(batch).wait(timeout)
         _count(batch, recorded)
-        return feedback_service_pb2.RecordEventsResponse(
-            results=to_results(recorded), consistency_token=to_consistency_token(recorded, self._signer)
-        )
+        return to_record_events_response(recorded, self._signer)
 
     def StreamEvents(
         self,
@@ -393,6 +389,32 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
             asked.confidence_level,
         )
         return to_policy_value(estimate, currency_code)
+
+
+class _RecordEventsInBytes:
+    """A server to which the generated code adds its handlers, of which one is replaced."""
+
+    def __init__(self, servicer: FeedbackServicer, server: grpc.Server) -> None:
+        self._servicer = servicer
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """Does nothing: handlers that are registered by name come first, and are the same."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        in_bytes: Any = grpc.unary_unary_rpc_method_handler(self._servicer.RecordEvents)
+        self._server.add_registered_method_handlers(service, {**handlers, "RecordEvents": in_bytes})
+
+
+def add_to_server(servicer: FeedbackServicer, server: grpc.Server) -> None:
+    """Adds the servicer to a server.
+
+    `RecordEvents` gets its requests as they came from the wire: a message object an event would cost more than
+    all else that is done with it. See docs/decisions/0014-events-are-read-from-the-wire-by-columns.md.
+    """
+    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(
+        servicer, cast(grpc.Server, _RecordEventsInBytes(servicer, server))
+    )
 
 
 def _count(batch: ReadBatch, recorded: RecordedBatch) -> None:

@@ -25,21 +25,18 @@ import argparse
 import json
 import os
 import platform
-import queue
 import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import psutil
 import psycopg
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
@@ -47,6 +44,7 @@ from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 from shared import embedded_postgres
 from shared.database import ensure_database, migrate
 from shared.keys import ensure_development_keys
+from tests.benchmarks.grpc_load import send_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 METHOD = "/shopkeeper.feedback.v1.FeedbackService/RecordEvents"
@@ -91,7 +89,7 @@ def random_event(rng: random.Random, ms: int) -> event_pb2.Event:
 
 
 class Load:
-    """Callers that send requests made beforehand. Each caller has a connection of its own."""
+    """Makes requests, and sends them."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -111,48 +109,27 @@ class Load:
             made.append(feedback_service_pb2.RecordEventsRequest(events=events).SerializeToString())
         return made
 
-    def run(self, requests: list[bytes], callers: int) -> dict[str, Any]:
+    def run(
+        self, requests: list[bytes], callers: int, calls_per_second: float | None = None
+    ) -> dict[str, Any]:
         """Sends the requests; returns seconds and latencies."""
-        work: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        for request in requests:
-            work.put(request)
-        latencies: list[float] = []
-        failures: list[str] = []
-
-        def caller() -> None:
-            options = [("grpc.use_local_subchannel_pool", 1)]
-            with grpc.insecure_channel(f"127.0.0.1:{self._port}", options=options) as channel:
-                call = channel.unary_unary(METHOD)
-                grpc.channel_ready_future(channel).result(30)
-                barrier.wait()
-                while True:
-                    try:
-                        request = work.get_nowait()
-                    except queue.Empty:
-                        return
-                    start = time.perf_counter()
-                    try:
-                        call(request, timeout=60)
-                    except grpc.RpcError as error:
-                        failures.append(error.code().name)
-                    latencies.append(time.perf_counter() - start)
-
-        barrier = threading.Barrier(callers + 1)
-        threads = [threading.Thread(target=caller) for _ in range(callers)]
-        for thread in threads:
-            thread.start()
-        barrier.wait()
-        cpu, start = time.process_time(), time.perf_counter()
-        for thread in threads:
-            thread.join()
-        seconds = time.perf_counter() - start
-        latencies.sort()
+        cpu = time.process_time()
+        result = send_all(self._port, METHOD, requests, callers, calls_per_second)
+        cpu = time.process_time() - cpu
+        latencies = sorted(result.latencies)
+        answers = map(feedback_service_pb2.RecordEventsResponse.FromString, result.responses)
+        statuses = {
+            event_pb2.EventStatus.Name(row.status).removeprefix("EVENT_STATUS_")
+            for answer in answers
+            for row in answer.results
+        }
         return {
-            "seconds": seconds,
-            "cpu": time.process_time() - cpu,
+            "seconds": result.seconds,
+            "cpu": cpu,
             "p50_ms": 1e3 * latencies[len(latencies) // 2],
             "p99_ms": 1e3 * latencies[int(len(latencies) * 0.99)],
-            "failures": failures[:3],
+            "failures": result.failures,
+            "statuses": sorted(statuses),
         }
 
 
@@ -166,7 +143,7 @@ def serve_load(port: int) -> None:
             made = load.requests(order["count"], order["batch"], order["duplicates"])
             answer: dict[str, Any] = {"bytes": sum(map(len, made))}
         else:
-            answer = load.run(made, order["callers"])
+            answer = load.run(made, order["callers"], order.get("calls_per_second"))
         print(json.dumps(answer), flush=True)
 
 
@@ -245,14 +222,21 @@ class Bench:
         times = own.cpu_times()
         return times.user + times.system, postgres
 
-    def measure(self, events: int, batch: int, callers: int, duplicates: float = 0.0) -> dict[str, Any]:
+    def measure(
+        self,
+        events: int,
+        batch: int,
+        callers: int,
+        duplicates: float = 0.0,
+        calls_per_second: float | None = None,
+    ) -> dict[str, Any]:
         """Sends so many events; returns rate, latencies and microseconds of CPU an event."""
         count = max(1, events // batch)
         self.ask(do="make", count=count, batch=batch, duplicates=duplicates)
         server, postgres = self.cpu()
-        answer = self.ask(do="run", callers=callers)
-        if answer["failures"]:
-            raise SystemExit(f"calls failed: {answer['failures']}; log: {self.home / 'server.log'}")
+        answer = self.ask(do="run", callers=callers, calls_per_second=calls_per_second)
+        if answer["failures"] or not set(answer["statuses"]) <= {"STORED", "DUPLICATE"}:
+            raise SystemExit(f"calls failed: {answer}; log: {(self.home / 'server.log').read_text()[-2000:]}")
         server_after, postgres_after = self.cpu()
         sent = count * batch
         return {

@@ -24,6 +24,7 @@ import psycopg
 
 from services.feedback import __main__ as service
 from services.feedback import servicer, use_cases
+from services.feedback.converters import results
 from services.feedback.converters.events import EventReader
 from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
 from services.feedback.storage import log_writer
@@ -33,8 +34,8 @@ from services.feedback.storage.log_writer import LogWriter
 
 # Step → owner of a function, its name, and whether to die before or after it.
 STEPS: dict[str, tuple[Any, str, str]] = {
-    "received": (EventReader, "read", "before"),
-    "read": (EventReader, "read", "after"),
+    "received": (EventReader, "read_request", "before"),
+    "read": (EventReader, "read_request", "after"),
     "to be queued": (GroupCommitLog, "append", "before"),
     "queued": (GroupCommitLog, "append", "after"),
     "taken from the queue": (GroupCommitLog, "_commit", "before"),
@@ -47,8 +48,8 @@ STEPS: dict[str, tuple[Any, str, str]] = {
     "to be answered": (GroupCommitLog, "_answer", "before"),
     "answered inside": (GroupCommitLog, "_answer", "after"),
     "settled": (use_cases, "settled", "after"),
-    "results made": (servicer, "to_results", "after"),
-    "token signed": (servicer, "to_consistency_token", "after"),
+    "token signed": (results, "to_consistency_token", "after"),
+    "response made": (servicer, "to_record_events_response", "after"),
     "handler returned": (servicer.FeedbackServicer, "RecordEvents", "after"),
 }
 IMPORT_STEPS: dict[str, tuple[Any, str, str]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from shopkeeper.feedback.v1 import event_pb2
+from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 
 from services.feedback.domain.events import RecordedBatch, RowStatus
 from shared.tokens import ConsistencyToken, TokenSigner
 
 _STORED = event_pb2.EventResult(status=event_pb2.EVENT_STATUS_STORED)
+_STORED_RESULT = feedback_service_pb2.RecordEventsResponse(results=[_STORED]).SerializeToString()
 
 
 def to_results(recorded: RecordedBatch) -> list[event_pb2.EventResult]:
@@ -24,6 +25,16 @@ def to_results(recorded: RecordedBatch) -> list[event_pb2.EventResult]:
                 message=problem.message,
             )
     return results
+
+
+def to_record_events_response(recorded: RecordedBatch, signer: TokenSigner) -> bytes:
+    """Returns the serialised `RecordEventsResponse`."""
+    rest = feedback_service_pb2.RecordEventsResponse(consistency_token=to_consistency_token(recorded, signer))
+    if recorded.exceptions:
+        rest.results.extend(to_results(recorded))
+        return rest.SerializeToString()
+    # Fields may come in any order, and a repeated one in parts: all of the answer but the token is always the same.
+    return _STORED_RESULT * recorded.size + rest.SerializeToString()
 
 
 def to_consistency_token(recorded: RecordedBatch, signer: TokenSigner) -> str:

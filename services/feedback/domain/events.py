@@ -128,6 +128,17 @@ class EventColumns:
         """Returns a dense column."""
         return self.dense[_DENSE_INDEX[name]]
 
+    def taken(self, rows: Sequence[int]) -> EventColumns:
+        """Returns some of the rows, in the order given."""
+        dense = tuple([values[row] for row in rows] for values in self.dense)
+        place = {row: index for index, row in enumerate(rows)}
+        sparse = {
+            name: kept
+            for name, values in self.sparse.items()
+            if (kept := {place[row]: value for row, value in values.items() if row in place})
+        }
+        return EventColumns(dense, sparse)
+
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[Any, ...]], sparse: dict[str, dict[int, Any]]) -> EventColumns:
         """Returns the columns of rows whose values stand in the order of DENSE_COLUMNS."""

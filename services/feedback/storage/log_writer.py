@@ -165,7 +165,7 @@ class LogWriter:
             for row, key in enumerate(keys):
                 first_row.setdefault(key, row)
             rows = list(first_row.values())
-            subset = _taken(columns, rows)
+            subset = columns.taken(rows)
         else:
             subset = columns
         count, xid, stored_keys = self._insert(connection, subset)
@@ -426,14 +426,3 @@ def unavailable(error: BaseException) -> ShopkeeperError:
         {"cause": type(error).__name__},
         retry_after_seconds=0.5,
     )
-
-
-def _taken(columns: EventColumns, rows: Sequence[int]) -> EventColumns:
-    dense = tuple([values[row] for row in rows] for values in columns.dense)
-    place = {row: index for index, row in enumerate(rows)}
-    sparse = {
-        name: kept
-        for name, values in columns.sparse.items()
-        if (kept := {place[row]: value for row, value in values.items() if row in place})
-    }
-    return EventColumns(dense, sparse)
