@@ -410,7 +410,7 @@ def add_to_server(servicer: FeedbackServicer, server: grpc.Server) -> None:
     """Adds the servicer to a server.
 
     `RecordEvents` gets its requests as they came from the wire: a message object an event would cost more than
-    all else that is done with it. See docs/decisions/0014-events-are-read-from-the-wire-by-columns.md.
+    all else that is done with it. See docs/decisions/0016-events-are-read-from-the-wire-by-columns.md.
     """
     feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(
         servicer, cast(grpc.Server, _RecordEventsInBytes(servicer, server))
