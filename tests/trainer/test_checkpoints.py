@@ -149,7 +149,8 @@ def test_a_training_that_goes_on_ends_with_the_same_weights_as_one_that_was_neve
     assert cut_steps < steps
     assert len(partial) < len(reports)
     again, (best_again, reports_again), more_steps = run(tmp_path)
-    assert cut_steps // 2 < steps - more_steps <= cut_steps
+    # Which of the passes before the cut was noted last depends on how long the disk takes.
+    assert 0 < steps - more_steps <= cut_steps
     assert best_again == best
     assert [(r.epoch, r.step, r.loss) for r in reports_again] == [(r.epoch, r.step, r.loss) for r in reports]
     for ours, theirs in zip(again.state(), whole.state(), strict=True):
