@@ -21,6 +21,9 @@ umask 077
 mkdir -p "$data"
 cp -a "$backup/database/." "$data/"
 chmod 700 "$data"
+# A server that keeps its socket in its own directory leaves the lock in the backup: the process that it names is another machine's,
+# or another process by now, and PostgreSQL would refuse to start.
+rm -f "$data"/.s.PGSQL.*
 if [ -n "$registry" ]; then
   mkdir -p "$registry"
   tar -C "$registry" -xzf "$backup/registry.tar.gz"

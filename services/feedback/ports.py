@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from services.feedback.domain.consent import Consent, Erasure, ModelVersion
 from services.feedback.domain.events import Appended, EventColumns
 from services.feedback.domain.experiments import Experiment, Observation, State, StopCause
-from services.feedback.domain.imports import Import, ImportPart, ImportProgress, ImportState, RowSample
+from services.feedback.domain.imports import Import, ImportPart, ImportProgress, RowSample
 from services.feedback.domain.key_rotation import KeyRotation
 from services.feedback.domain.metrics import Measurement, Metric, MetricsQuery
 from services.feedback.domain.off_policy import LoggedImpressions
+from shared.operations import OperationState
 
 
 class EventLog(Protocol):
@@ -142,7 +143,7 @@ class ImportStore(Protocol):
         """Stores how far an import has come; returns whether it is to go on, and not to be cancelled."""
         ...
 
-    def finish(self, import_id: str, state: ImportState, failure: str, now: datetime) -> None:
+    def finish(self, import_id: str, state: OperationState, failure: str, now: datetime) -> None:
         """Ends an import; does nothing to one that has ended."""
         ...
 

@@ -30,7 +30,6 @@ from services.feedback.domain.imports import (
     Import,
     ImportPart,
     ImportProgress,
-    ImportState,
     advanced,
     merged_samples,
 )
@@ -53,6 +52,7 @@ from services.feedback.ports import (
     ReceiptSigner,
 )
 from shared.errors import DeadlineExceeded, ResourceExhausted, ShopkeeperError, Unavailable
+from shared.operations import OperationState, follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,16 +368,7 @@ class ManageImports:
         self, import_id: str, stopped: threading.Event, is_active: Callable[[], bool]
     ) -> Iterator[Import]:
         """Yields an import now, after each change, and for the last time when it has ended."""
-        seen: Import | None = None
-        while is_active() and not stopped.is_set():
-            present = self._store.get(import_id)
-            if present != seen:
-                yield present
-                seen = present
-            if present.state.ended:
-                return
-            # The import may run in another replica: the store is asked, not this process.
-            stopped.wait(0.25)
+        return follow(lambda: self._store.get(import_id), stopped, is_active)
 
 
 class RunImports:
@@ -414,7 +405,7 @@ class RunImports:
             if job.file_digest not in (None, file.digest):
                 self._finish(
                     job,
-                    ImportState.FAILED,
+                    OperationState.FAILED,
                     "The file is not the one that the import began with. Import it again: rows that are in the "
                     "log already come back as duplicates.",
                 )
@@ -432,7 +423,7 @@ class RunImports:
                 if len(under_way) == IMPORT_READ_AHEAD:
                     progress = self._settled(progress, under_way.popleft())
                     if not self._store.checkpoint(job.import_id, progress):
-                        self._finish(job, ImportState.CANCELLED)
+                        self._finish(job, OperationState.CANCELLED)
                         return True
             while under_way:
                 progress = self._settled(progress, under_way.popleft())
@@ -446,18 +437,18 @@ class RunImports:
             )
             goes_on = self._store.checkpoint(job.import_id, progress)
             if damage:
-                self._finish(job, ImportState.FAILED, damage)
+                self._finish(job, OperationState.FAILED, damage)
             else:
-                self._finish(job, ImportState.SUCCEEDED if goes_on else ImportState.CANCELLED)
+                self._finish(job, OperationState.SUCCEEDED if goes_on else OperationState.CANCELLED)
         except _ServiceStops:
             pass
         except Unavailable:
             raise
         except ShopkeeperError as error:
-            self._finish(job, ImportState.FAILED, error.message)
+            self._finish(job, OperationState.FAILED, error.message)
         return True
 
-    def _finish(self, job: Import, state: ImportState, failure: str = "") -> None:
+    def _finish(self, job: Import, state: OperationState, failure: str = "") -> None:
         self._store.finish(job.import_id, state, failure, self._clock.now())
 
     def _submitted(self, part: ImportPart) -> PendingBatch:

@@ -12,14 +12,14 @@ from services.profile.domain.item_figures import Baskets, ItemCounts
 from services.profile.domain.item_imports import (
     ItemImport,
     ItemImportProgress,
-    ItemImportState,
     ItemPart,
 )
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
 from services.profile.domain.purchase_log import PurchaseLog
-from services.profile.domain.rebuilds import FoldedShopper, Rebuild, RebuildState
+from services.profile.domain.rebuilds import FoldedShopper, Rebuild
 from services.profile.domain.segments import Segment, SegmentChange
 from shared.identity import UserKey
+from shared.operations import OperationState
 from shared.tokens import Watermark
 
 
@@ -329,7 +329,7 @@ class ItemImportStore(Protocol):
         """Stores how far a running import has come; returns whether it is to go on."""
         ...
 
-    def finish(self, import_id: str, state: ItemImportState, reason: str, message: str, now_us: int) -> None:
+    def finish(self, import_id: str, state: OperationState, reason: str, message: str, now_us: int) -> None:
         """Ends an import; does nothing to one that has ended."""
         ...
 
@@ -369,7 +369,7 @@ class RebuildStore(Protocol):
         """Puts a rebuild in force, and drops what earlier ones had folded, at once."""
         ...
 
-    def finish(self, rebuild_id: str, state: RebuildState, reason: str, message: str, now_us: int) -> None:
+    def finish(self, rebuild_id: str, state: OperationState, reason: str, message: str, now_us: int) -> None:
         """Ends a rebuild without effect; does nothing to one that has ended."""
         ...
 

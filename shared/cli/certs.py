@@ -112,8 +112,8 @@ def _authority(directory: Path, trust_domain: str) -> tuple[x509.Certificate, ec
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _replace(key_path, _pem_of(key), 0o600)
-    _replace(certificate_path, certificate.public_bytes(Encoding.PEM), 0o644)
+    replace_file(key_path, _pem_of(key), 0o600)
+    replace_file(certificate_path, certificate.public_bytes(Encoding.PEM), 0o644)
     return certificate, key
 
 
@@ -153,10 +153,10 @@ def _write_leaf(
         )
         .sign(authority_key, hashes.SHA256())
     )
-    _replace(target / "ca.crt", authority.public_bytes(Encoding.PEM), 0o644)
+    replace_file(target / "ca.crt", authority.public_bytes(Encoding.PEM), 0o644)
     # The key first: whoever reads between the two sees that they do not fit, and keeps what it has.
-    _replace(target / "tls.key", _pem_of(key), 0o600)
-    _replace(target / "tls.crt", certificate.public_bytes(Encoding.PEM), 0o644)
+    replace_file(target / "tls.key", _pem_of(key), 0o600)
+    replace_file(target / "tls.crt", certificate.public_bytes(Encoding.PEM), 0o644)
 
 
 def _general_name(name: str) -> x509.GeneralName:
@@ -184,9 +184,12 @@ def _pem_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _replace(path: Path, content: bytes, mode: int) -> None:
+def replace_file(path: Path, content: bytes, mode: int) -> None:
+    """Writes a file whole or not at all, with exactly this mode."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
+    # What the umask took away.
+    staged.chmod(mode)
     staged.replace(path)

@@ -7,11 +7,10 @@ DATABASE_URL     read through SHOPKEEPER_SECRETS
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
 
-from shared.cli.certs import issue_certificates
+from shared.cli.certs import issue_certificates, replace_file
 from shared.errors import FailedPrecondition
 from shared.keys import ensure_development_keys
 
@@ -32,11 +31,11 @@ def prepare_secrets(directory: Path, password_file: Path, *, database: str, host
         directory.mkdir(parents=True, exist_ok=True)
         if not password_file.exists():
             # Readable by others: the volume that it lies in is mounted by the database alone.
-            _write(password_file, secrets.token_urlsafe(32), 0o444)
+            replace_file(password_file, secrets.token_urlsafe(32).encode(), 0o444)
             password_file.parent.chmod(0o755)
         login, _, place = database.partition("@")
         url = f"postgresql://{login}:{password_file.read_text().strip()}@{place}"
-        _write(directory / "DATABASE_URL", url, 0o400)
+        replace_file(directory / "DATABASE_URL", url.encode(), 0o400)
         ensure_development_keys(directory / "keys")
     except OSError as error:
         raise FailedPrecondition(
@@ -46,12 +45,3 @@ def prepare_secrets(directory: Path, password_file: Path, *, database: str, host
     return [password_file, directory / "DATABASE_URL", directory / "keys", *issue_certificates(
         directory / "certs", hosts=hosts
     )]  # fmt: skip
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    staged.chmod(mode)
-    staged.replace(path)

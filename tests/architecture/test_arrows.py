@@ -18,6 +18,7 @@ PURE_SHARED = {
     "shared.event_kinds",
     "shared.experiments",
     "shared.identity",
+    "shared.operations",
     "shared.ranking_metrics",
     "shared.tokens",
     "shared.bundle.history",

@@ -25,13 +25,7 @@ from shared.database import ensure_database
 from tests.deploy.kustomize import REPOSITORY
 from tests.integration.suite import eventually, free_port, view
 
-# A drill starts and ends whole databases; `make drill` does that, on a machine that has nothing else to do.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not os.environ.get("SHOPKEEPER_DRILL"), reason="a lost disk is rehearsed by `make drill` alone"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 SCRIPTS = REPOSITORY / "deploy" / "backup"
 EVENTS = 30

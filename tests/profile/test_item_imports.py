@@ -18,10 +18,11 @@ from shopkeeper.profile.v1 import catalog_service_pb2 as pb
 from shopkeeper.profile.v1 import item_import_pb2, item_pb2
 
 from services.profile.converters.item_files import ItemDirectory
-from services.profile.domain.item_imports import ItemImport, ItemImportProgress, ItemImportState
+from services.profile.domain.item_imports import ItemImport, ItemImportProgress
 from services.profile.use_cases.item_imports import RunItemImports
 from shared import grpc_status
 from shared.errors import InvalidInput, NotFound, Unavailable
+from shared.operations import OperationState
 from tests.profile.conftest import Log, Shop, eventually
 
 State = item_import_pb2.ItemImportState
@@ -250,10 +251,10 @@ class _Store:
     """Imports in memory: fails or cancels on request."""
 
     def __init__(self, source: bytes) -> None:
-        self.job = ItemImport("1", source, ItemImportState.PENDING, NOW_US, NOW_US)
+        self.job = ItemImport("1", source, OperationState.PENDING, NOW_US, NOW_US)
         self.checkpoints: list[ItemImportProgress] = []
         self.break_at = self.cancel_at = 10**9
-        self.end: tuple[ItemImportState, str, str] | None = None
+        self.end: tuple[OperationState, str, str] | None = None
 
     def oldest_unfinished(self) -> ItemImport | None:
         return self.job if self.end is None else None
@@ -265,7 +266,7 @@ class _Store:
         self.checkpoints.append(progress)
         return len(self.checkpoints) < self.cancel_at
 
-    def finish(self, import_id: str, state: ItemImportState, reason: str, message: str, now_us: int) -> None:
+    def finish(self, import_id: str, state: OperationState, reason: str, message: str, now_us: int) -> None:
         self.end = (state, reason, message)
 
 
@@ -293,7 +294,7 @@ def test_an_import_that_was_cut_short_ends_as_if_it_had_not_been(job: Any, direc
 
     assert runner.run_next()
 
-    assert store.end == (ItemImportState.SUCCEEDED, "", "")
+    assert store.end == (OperationState.SUCCEEDED, "", "")
     assert (store.checkpoints[-1].read_rows, store.checkpoints[-1].stored_rows) == (2500, 2500)
     assert log.connection.execute(count).fetchone() == (2500,)
     assert not runner.run_next()
@@ -305,7 +306,7 @@ def test_a_cancelled_import_keeps_what_it_had_stored(job: Any, directory: Path, 
     store.cancel_at = 2
     assert runner.run_next()
     assert store.end is not None
-    assert store.end[0] == ItemImportState.CANCELLED
+    assert store.end[0] == OperationState.CANCELLED
     assert log.connection.execute("SELECT count(*) FROM profile.items").fetchone() == (1000,)
 
 
@@ -320,5 +321,5 @@ def test_a_file_that_breaks_off_fails_and_says_where(job: Any, directory: Path) 
     assert runner.run_next()
     assert store.end is not None
     state, reason, message = store.end
-    assert (state, reason) == (ItemImportState.FAILED, "IMPORT_REFUSED")
+    assert (state, reason) == (OperationState.FAILED, "IMPORT_REFUSED")
     assert "items.csv.gz" in message

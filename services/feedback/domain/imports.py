@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from enum import IntEnum
 
 from services.feedback.domain.events import ReadBatch, RecordedBatch, RowReason, RowStatus
+from shared.operations import OperationState
 
 MAX_SAMPLES = 100
-
-
-class ImportState(IntEnum):
-    """Where an import stands; the numbers of `ImportState` in the contract."""
-
-    PENDING = 1
-    RUNNING = 2
-    SUCCEEDED = 3
-    FAILED = 4
-    CANCELLED = 5
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen."""
-        return self >= ImportState.SUCCEEDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +61,7 @@ class Import:
 
     import_id: str
     source: str
-    state: ImportState
+    state: OperationState
     created_at: datetime
     progress: ImportProgress = ImportProgress()
     file_digest: bytes | None = None

@@ -11,11 +11,12 @@ from typing import Any
 from psycopg.rows import dict_row
 
 from services.feedback.domain.events import RowReason, RowStatus
-from services.feedback.domain.imports import Import, ImportProgress, ImportState, RowSample
+from services.feedback.domain.imports import Import, ImportProgress, RowSample
 from shared.database import Database, trusted_sql
 from shared.errors import NotFound
+from shared.operations import OperationState
 
-_ENDED = int(ImportState.SUCCEEDED)
+_ENDED = int(OperationState.SUCCEEDED)
 
 
 class PostgresImports:
@@ -30,7 +31,7 @@ class PostgresImports:
             connection.execute(
                 "INSERT INTO feedback.imports (import_id, request_id, state, source, created_at) "
                 "VALUES (%s, %s, %s, %s, %s) ON CONFLICT (request_id) DO NOTHING",
-                (import_id := uuid.uuid4(), request_id or None, int(ImportState.PENDING), source, now),
+                (import_id := uuid.uuid4(), request_id or None, int(OperationState.PENDING), source, now),
             )
             rows = connection.cursor(row_factory=dict_row).execute(
                 "SELECT * FROM feedback.imports WHERE import_id = %s OR request_id = %s",
@@ -65,7 +66,7 @@ class PostgresImports:
             connection.execute(
                 "UPDATE feedback.imports SET state = %s, file_digest = %s, total_rows = %s "
                 "WHERE import_id = %s AND state < %s",
-                (int(ImportState.RUNNING), file_digest, total_rows, _uuid(import_id), _ENDED),
+                (int(OperationState.RUNNING), file_digest, total_rows, _uuid(import_id), _ENDED),
             )
 
     def checkpoint(self, import_id: str, progress: ImportProgress) -> bool:
@@ -95,7 +96,7 @@ class PostgresImports:
             ).fetchone()
         return bool(row and row[0])
 
-    def finish(self, import_id: str, state: ImportState, failure: str, now: datetime) -> None:
+    def finish(self, import_id: str, state: OperationState, failure: str, now: datetime) -> None:
         """Ends an import; does nothing to one that has ended."""
         with self._database.connect() as connection:
             connection.execute(
@@ -113,8 +114,8 @@ class PostgresImports:
                 "ended_at = CASE WHEN state = %(pending)s THEN %(now)s END "
                 "WHERE import_id = %(import_id)s AND state < %(ended)s",
                 {
-                    "pending": int(ImportState.PENDING),
-                    "cancelled": int(ImportState.CANCELLED),
+                    "pending": int(OperationState.PENDING),
+                    "cancelled": int(OperationState.CANCELLED),
                     "now": now,
                     "import_id": _uuid(import_id),
                     "ended": _ENDED,
@@ -135,7 +136,7 @@ def _import(row: dict[str, Any]) -> Import:
     return Import(
         import_id=str(row["import_id"]),
         source=row["source"],
-        state=ImportState(row["state"]),
+        state=OperationState(row["state"]),
         created_at=row["created_at"],
         progress=ImportProgress(
             settled_events=row["settled_events"],

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from services.profile.domain.items import ItemWrite
+from shared.operations import OperationState
 
 MAX_SAMPLES = 100
-
-
-class ItemImportState(enum.IntEnum):
-    """The numbers are the contract's."""
-
-    PENDING = 1
-    RUNNING = 2
-    SUCCEEDED = 3
-    FAILED = 4
-    CANCELLED = 5
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen."""
-        return self >= ItemImportState.SUCCEEDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +72,7 @@ class ItemImport:
 
     import_id: str
     source: bytes
-    state: ItemImportState
+    state: OperationState
     write_time_us: int
     created_us: int
     progress: ItemImportProgress = ItemImportProgress()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,21 +10,7 @@ import numpy as np
 from services.profile.domain.events import NO_ITEM, EventWindow, Vocabulary
 from services.profile.domain.packing import pack, unpack
 from shared.identity import UserKey
-
-
-class RebuildState(enum.IntEnum):
-    """The numbers are the contract's."""
-
-    PENDING = 1
-    RUNNING = 2
-    SUCCEEDED = 3
-    FAILED = 4
-    CANCELLED = 5
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen."""
-        return self >= RebuildState.SUCCEEDED
+from shared.operations import OperationState
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +23,7 @@ class Rebuild:
     """
 
     rebuild_id: str
-    state: RebuildState
+    state: OperationState
     created_us: int
     folded_events: int = 0
     total_events: int = 0

@@ -9,11 +9,12 @@ from typing import Any
 
 from psycopg.rows import dict_row
 
-from services.profile.domain.item_imports import ItemImport, ItemImportProgress, ItemImportState, RejectedRow
+from services.profile.domain.item_imports import ItemImport, ItemImportProgress, RejectedRow
 from shared.database import Database, trusted_sql
 from shared.errors import NotFound
+from shared.operations import OperationState
 
-_ENDED = int(ItemImportState.SUCCEEDED)
+_ENDED = int(OperationState.SUCCEEDED)
 
 
 class PostgresItemImports:
@@ -29,7 +30,7 @@ class PostgresItemImports:
             connection.execute(
                 "INSERT INTO profile.item_imports (import_id, request_id, state, source, write_time_us, created_us) "
                 "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (request_id) DO NOTHING",
-                (import_id, request_id or None, int(ItemImportState.PENDING), source, write_time_us, now_us),
+                (import_id, request_id or None, int(OperationState.PENDING), source, write_time_us, now_us),
             )
         return self._select("WHERE import_id = %s OR request_id = %s", (import_id, request_id or None))[0]
 
@@ -63,7 +64,7 @@ class PostgresItemImports:
                 "rejected_rows = %s, rejected = %s::jsonb, progress = %s "
                 "WHERE import_id = %s AND state < %s RETURNING NOT cancel_requested",
                 (
-                    int(ItemImportState.RUNNING),
+                    int(OperationState.RUNNING),
                     progress.read_rows,
                     progress.stored_rows,
                     progress.superseded_rows,
@@ -76,7 +77,7 @@ class PostgresItemImports:
             ).fetchone()
         return bool(row and row[0])
 
-    def finish(self, import_id: str, state: ItemImportState, reason: str, message: str, now_us: int) -> None:
+    def finish(self, import_id: str, state: OperationState, reason: str, message: str, now_us: int) -> None:
         """See `ItemImportStore.finish`."""
         with self._database.connect() as connection:
             connection.execute(
@@ -87,7 +88,7 @@ class PostgresItemImports:
                     reason,
                     message,
                     now_us,
-                    state == ItemImportState.SUCCEEDED,
+                    state == OperationState.SUCCEEDED,
                     _uuid(import_id),
                     _ENDED,
                 ),
@@ -102,8 +103,8 @@ class PostgresItemImports:
                 "state = CASE WHEN state = %(pending)s THEN %(cancelled)s ELSE state END "
                 "WHERE import_id = %(import_id)s AND state < %(ended)s",
                 {
-                    "pending": int(ItemImportState.PENDING),
-                    "cancelled": int(ItemImportState.CANCELLED),
+                    "pending": int(OperationState.PENDING),
+                    "cancelled": int(OperationState.CANCELLED),
                     "now": now_us,
                     "import_id": _uuid(import_id),
                     "ended": _ENDED,
@@ -124,7 +125,7 @@ def _import(row: dict[str, Any]) -> ItemImport:
     return ItemImport(
         import_id=str(row["import_id"]),
         source=bytes(row["source"]),
-        state=ItemImportState(row["state"]),
+        state=OperationState(row["state"]),
         write_time_us=row["write_time_us"],
         created_us=row["created_us"],
         progress=ItemImportProgress(

@@ -9,14 +9,15 @@ from typing import Any
 from psycopg.rows import dict_row
 
 from services.profile.domain.events import MAX_WINDOW_EVENTS
-from services.profile.domain.rebuilds import FoldedShopper, Rebuild, RebuildState
+from services.profile.domain.rebuilds import FoldedShopper, Rebuild
 from services.profile.storage.snapshots import snapshot_of
 from shared.database import Database, trusted_sql
 from shared.errors import NotFound
 from shared.identity import UserKey
+from shared.operations import OperationState
 from shared.tokens import Watermark
 
-_ENDED = int(RebuildState.SUCCEEDED)
+_ENDED = int(OperationState.SUCCEEDED)
 _FETCH = 2000
 
 
@@ -42,7 +43,7 @@ class PostgresRebuilds:
             connection.execute(
                 "INSERT INTO profile.rebuilds (rebuild_id, request_id, state, created_us) VALUES (%s, %s, %s, %s) "
                 "ON CONFLICT (request_id) DO NOTHING",
-                (rebuild_id, request_id or None, int(RebuildState.PENDING), now_us),
+                (rebuild_id, request_id or None, int(OperationState.PENDING), now_us),
             )
         return self._select("WHERE rebuild_id = %s OR request_id = %s", (rebuild_id, request_id or None))[0]
 
@@ -72,7 +73,7 @@ class PostgresRebuilds:
             connection.execute(
                 "UPDATE profile.rebuilds SET state = %s, total_events = %s, folded_events = 0, portraits = 0 "
                 "WHERE rebuild_id = %s AND state < %s",
-                (int(RebuildState.RUNNING), int(row[0]), _uuid(rebuild_id), _ENDED),
+                (int(OperationState.RUNNING), int(row[0]), _uuid(rebuild_id), _ENDED),
             )
         return watermark
 
@@ -117,7 +118,7 @@ class PostgresRebuilds:
             )
             connection.execute("DELETE FROM profile.portraits WHERE rebuild_id <> %s", (_uuid(rebuild_id),))
 
-    def finish(self, rebuild_id: str, state: RebuildState, reason: str, message: str, now_us: int) -> None:
+    def finish(self, rebuild_id: str, state: OperationState, reason: str, message: str, now_us: int) -> None:
         """See `RebuildStore.finish`."""
         key = _uuid(rebuild_id)
         with self._database.connect() as connection:
@@ -141,8 +142,8 @@ class PostgresRebuilds:
                 "state = CASE WHEN state = %(pending)s THEN %(cancelled)s ELSE state END "
                 "WHERE rebuild_id = %(rebuild_id)s AND state < %(ended)s",
                 {
-                    "pending": int(RebuildState.PENDING),
-                    "cancelled": int(RebuildState.CANCELLED),
+                    "pending": int(OperationState.PENDING),
+                    "cancelled": int(OperationState.CANCELLED),
                     "now": now_us,
                     "rebuild_id": _uuid(rebuild_id),
                     "ended": _ENDED,
@@ -181,7 +182,7 @@ class PostgresRebuilds:
             return [
                 Rebuild(
                     str(row["rebuild_id"]),
-                    RebuildState(row["state"]),
+                    OperationState(row["state"]),
                     row["created_us"],
                     row["folded_events"],
                     row["total_events"],

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from services.profile.domain.item_imports import ItemImport, ItemImportProgress, ItemImportState
+from services.profile.domain.item_imports import ItemImport, ItemImportProgress
 from services.profile.domain.items import WriteStatus
 from services.profile.ports import ItemFiles, ItemImportStore
 from services.profile.use_cases.catalogue import Catalogue
 from shared.errors import ShopkeeperError, Unavailable
-
-WATCH_SECONDS = 0.25
+from shared.operations import OperationState, follow
 
 
 class ManageItemImports:
@@ -46,16 +45,7 @@ class ManageItemImports:
         self, import_id: str, stopped: threading.Event, is_active: Callable[[], bool]
     ) -> Iterator[ItemImport]:
         """Yields an import now, after each change, and for the last time when it has ended."""
-        seen: ItemImport | None = None
-        while is_active() and not stopped.is_set():
-            # It may run in another replica: the store is asked, not this process.
-            present = self._store.get(import_id)
-            if present != seen:
-                yield present
-                seen = present
-            if present.state.ended:
-                return
-            stopped.wait(WATCH_SECONDS)
+        return follow(lambda: self._store.get(import_id), stopped, is_active)
 
 
 class RunItemImports:
@@ -89,7 +79,7 @@ class RunItemImports:
         progress = ItemImportProgress()
         try:
             if not self._store.checkpoint(job.import_id, progress):
-                return self._end(job, ItemImportState.CANCELLED)
+                return self._end(job, OperationState.CANCELLED)
             for part in self._files.parts(job.source, job.write_time_us):
                 if self._stopped.is_set():
                     return True
@@ -97,15 +87,15 @@ class RunItemImports:
                 stored = sum(result.status == WriteStatus.STORED for result in results)
                 progress = progress.after(part, stored, len(results) - stored)
                 if not self._store.checkpoint(job.import_id, progress):
-                    return self._end(job, ItemImportState.CANCELLED)
+                    return self._end(job, OperationState.CANCELLED)
                 if part.damage:
-                    return self._end(job, ItemImportState.FAILED, "IMPORT_REFUSED", part.damage)
+                    return self._end(job, OperationState.FAILED, "IMPORT_REFUSED", part.damage)
         except Unavailable:
             raise
         except ShopkeeperError as error:
-            return self._end(job, ItemImportState.FAILED, error.reason, error.message)
-        return self._end(job, ItemImportState.SUCCEEDED)
+            return self._end(job, OperationState.FAILED, error.reason, error.message)
+        return self._end(job, OperationState.SUCCEEDED)
 
-    def _end(self, job: ItemImport, state: ItemImportState, reason: str = "", message: str = "") -> bool:
+    def _end(self, job: ItemImport, state: OperationState, reason: str = "", message: str = "") -> bool:
         self._store.finish(job.import_id, state, reason, message, self._clock_us())
         return True

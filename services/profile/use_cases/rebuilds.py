@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Iterator
 
 from services.profile.domain.events import EMPTY_WINDOW, Vocabulary
-from services.profile.domain.rebuilds import FoldedShopper, Rebuild, RebuildState
+from services.profile.domain.rebuilds import FoldedShopper, Rebuild
 from services.profile.ports import EventLog, RebuildStore
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
 from shared.errors import ShopkeeperError, Unavailable
+from shared.operations import OperationState, follow
 from shared.tokens import Watermark
 
 SHOPPERS_AT_ONCE = 1000
-WATCH_SECONDS = 0.25
 
 
 class ManageRebuilds:
@@ -40,16 +40,7 @@ class ManageRebuilds:
         self, rebuild_id: str, stopped: threading.Event, is_active: Callable[[], bool]
     ) -> Iterator[Rebuild]:
         """Yields a rebuild now, after each change, and for the last time when it has ended."""
-        seen: Rebuild | None = None
-        while is_active() and not stopped.is_set():
-            # It may run in another replica: the store is asked, not this process.
-            present = self._store.get(rebuild_id)
-            if present != seen:
-                yield present
-                seen = present
-            if present.state.ended:
-                return
-            stopped.wait(WATCH_SECONDS)
+        return follow(lambda: self._store.get(rebuild_id), stopped, is_active)
 
 
 class RunRebuilds:
@@ -105,15 +96,15 @@ class RunRebuilds:
                 ]
                 events = sum(len(window.events_W) for window in windows.values())
                 if not self._store.write(job.rebuild_id, shoppers, events):
-                    return self._end(job, RebuildState.CANCELLED)
+                    return self._end(job, OperationState.CANCELLED)
             self._store.succeed(job.rebuild_id, watermark, self._clock_us())
         except Unavailable:
             raise
         except ShopkeeperError as error:
-            return self._end(job, RebuildState.FAILED, error.reason, error.message)
+            return self._end(job, OperationState.FAILED, error.reason, error.message)
         return True
 
-    def _end(self, job: Rebuild, state: RebuildState, reason: str = "", message: str = "") -> bool:
+    def _end(self, job: Rebuild, state: OperationState, reason: str = "", message: str = "") -> bool:
         self._store.finish(job.rebuild_id, state, reason, message, self._clock_us())
         return True
 

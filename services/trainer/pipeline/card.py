@@ -16,6 +16,15 @@ SIMULATION = "SIMULATION"
 _BEYOND = ("coverage@10", "novelty@10", "diversity@10", "popularity_bias@10")
 
 
+def gate_table(verdict: Verdict) -> list[str]:
+    """Returns the lines of a table in Markdown: each check of the gate, whether it passed, and why."""
+    return [
+        "| check | passed | finding |",
+        "|---|---|---|",
+        *(f"| {c.name} | {'yes' if c.passed else '**no**'} | {c.reason} |" for c in verdict.checks),
+    ]
+
+
 def draw_curve(
     epochs: Sequence[int], losses: Sequence[float], ndcgs: Sequence[float], best_epoch: int, label: str = ""
 ) -> bytes:
@@ -114,9 +123,7 @@ def write_card(
         "",
         "## Gate",
         "",
-        "| check | passed | finding |",
-        "|---|---|---|",
-        *(f"| {c.name} | {'yes' if c.passed else '**no**'} | {c.reason} |" for c in verdict.checks),
+        *gate_table(verdict),
         "",
         "## Quality",
         "",

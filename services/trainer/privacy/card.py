@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from services.trainer.pipeline.card import gate_table
 from services.trainer.pipeline.gate import Verdict
 from services.trainer.privacy.measuring import NoisyMeasures
 from shared.ranking_metrics import Interval
@@ -56,9 +57,7 @@ def write_private_card(
         "",
         "## Gate",
         "",
-        "| check | passed | finding |",
-        "|---|---|---|",
-        *(f"| {c.name} | {'yes' if c.passed else '**no**'} | {c.reason} |" for c in verdict.checks),
+        *gate_table(verdict),
         "",
         "## Quality",
         "",
