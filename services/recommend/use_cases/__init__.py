@@ -6,6 +6,8 @@ scoring.py      scores over the whole catalogue, by kind of question
 eligibility.py  what may not be shown
 selection.py    from scores to a page
 reasons.py      why, true of the score
-recommender.py  the pipeline
+ranking.py      one request on its way
+stages/         the pipeline, stage by stage
+recommender.py  the stages in their order
 explainer.py    why, and why not
 """

@@ -17,8 +17,10 @@ from services.recommend.domain.recommendation import (
     Verdict,
 )
 from services.recommend.ports import Float32
-from services.recommend.use_cases.recommender import Ranking, Recommender
+from services.recommend.use_cases.ranking import Ranking
+from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.selection import REORDERINGS
+from services.recommend.use_cases.stages.explain import reasons_of
 from shared.errors import NotFound
 
 _FINDING_OF_VERDICT = {
@@ -71,7 +73,7 @@ class Explainer:
         reasons: list[Reason] = []
         if scored:
             rows, tiers = np.array([row], np.int32), np.array([tier], np.int32)
-            reasons = self._recommender.reasons_of(ranking, rows, tiers)[0]
+            reasons = reasons_of(ranking, rows, tiers)[0]
         explanation = Explanation(
             recommended=bool(len(places)),
             position=position,

@@ -14,7 +14,8 @@ from services.recommend.domain.rehearsal import Estimate, Rehearsal
 from services.recommend.domain.rules import Rule
 from services.recommend.ports import Clock
 from services.recommend.use_cases.configs import Configuration
-from services.recommend.use_cases.recommender import Ranking, Recommender, Snapshot
+from services.recommend.use_cases.ranking import Ranking, Snapshot
+from services.recommend.use_cases.recommender import Recommender
 from shared.identity import UserKey
 
 MAX_DISPLACEMENTS = 100
