@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-quality verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-quality bench-peers verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -70,15 +70,26 @@ bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue a
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N, SEEDS=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
 
+PEERS := .venv-peers
+bench-peers: $(INSTALLED)  ## Our model beside implicit, RecTools and EASE on one split, and the time to their quality (DATA=DIR)
+	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))test -e $(PEERS)/.installed || { $(PYTHON) -m venv $(PEERS) && \
+	  $(PEERS)/bin/pip install --quiet --require-hashes --no-deps -r requirements/peers.txt && touch $(PEERS)/.installed; } \
+	  || { echo "The peers cannot be installed here: skipped." >&2; exit 0; }; \
+	  test ! -e $(PEERS)/.installed || python -m tests.benchmarks.bench_peers --data $(DATA) --python $(PEERS)/bin/python
+
 verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
 	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py
 
 protos: $(INSTALLED)  ## Generate the stubs from the contract
 	python protos/generate.py
 
+# Torch asks for these on Linux; on two cores they would be 4 GB of nothing. The peers are installed without dependencies.
+GPU_PACKAGES := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton 
 requirements:  ## Pin the requirements again, with hashes (needs uv)
 	for name in feedback profile recommend trainer dev build compose deploy registry-mirror; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url $$name.in -o $$name.txt) || exit 1; done
+	cd requirements && uv pip compile --quiet --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url $(foreach name,$(GPU_PACKAGES),--no-emit-package $(name)) peers.in -o peers.txt
 
 test-compose: $(INSTALLED)  ## The suite in real containers: paused, killed, cut off (skipped where no engine runs)
 	SHOPKEEPER_COMPOSE=1 pytest -q -rA --timeout 1800 tests/compose
@@ -96,4 +107,4 @@ release: $(INSTALLED)  ## Wheel, bills of materials, licences, changelog and ima
 	@$(if $(VERSION),,$(error say VERSION=))./deploy/release.sh $(VERSION)
 
 clean:  ## Remove what was made, but not the data of a running suite
-	rm -rf $(VENV) $(DEPLOY) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo
+	rm -rf $(VENV) $(DEPLOY) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo
