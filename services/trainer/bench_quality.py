@@ -32,6 +32,7 @@ from services.trainer.pipeline.dataset import (
     everyone,
     hold_out,
 )
+from services.trainer.pipeline.describing import peak_resident_bytes
 from services.trainer.pipeline.evaluation import (
     Contestants,
     best_items,
@@ -39,7 +40,8 @@ from services.trainer.pipeline.evaluation import (
     popularity,
     rank_by_fixed_scores,
 )
-from services.trainer.pipeline.pipeline import Plan, peak_resident_bytes, train_model
+from services.trainer.pipeline.pipeline import train_model
+from services.trainer.pipeline.plan import Plan
 from shared.bundle.history import INTEREST_KINDS
 from shared.bundle.manifest import ScoringParameters
 from shared.bundle.scoring import Companion, CooccurrenceMatrix

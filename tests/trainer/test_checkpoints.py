@@ -116,7 +116,8 @@ def test_writing_takes_a_small_share_of_the_time_and_a_full_disk_costs_no_run(tm
 
 
 def test_a_training_that_goes_on_ends_with_the_same_weights_as_one_that_was_never_cut(tmp_path: Path) -> None:
-    from services.trainer.pipeline.training import SequenceModel, train
+    from services.trainer.pipeline.sequence_model import SequenceModel
+    from services.trainer.pipeline.training import train
 
     histories = clean(columns_of(walk(users=120, items=30)), Cleaning())
     attributes = encode_attributes(histories.item_ids, {f"item-{n}": [f"half:{n // 15}"] for n in range(30)})

@@ -16,7 +16,7 @@ from services.trainer.domain.hyper_parameters import resolve
 from services.trainer.domain.runs import Trial
 from services.trainer.pipeline.dataset import EventColumns
 from services.trainer.pipeline.evaluate import evaluate_version
-from services.trainer.pipeline.pipeline import Plan
+from services.trainer.pipeline.plan import Plan
 from services.trainer.pipeline.tune import Search
 from shared.bundle import Bundle, Registry, ScoringParameters, load_bundle, write_bundle
 from shared.bundle.sum_encoder import build_sum_encoder

@@ -25,7 +25,7 @@ NO_ATTRIBUTES = ItemAttributes(np.zeros((40, 0), np.int32), 0)
 
 @pytest.fixture(scope="module")
 def model():
-    from services.trainer.pipeline.training import SequenceModel
+    from services.trainer.pipeline.sequence_model import SequenceModel
 
     return SequenceModel(40, NO_ATTRIBUTES, resolve("tiny", {}), seed=3)
 
@@ -109,7 +109,7 @@ def losses_by_hand(query_MD, vector_ID, answer_MK, other_N, log_q: float) -> np.
 def test_the_loss_is_that_of_the_formula_with_own_targets_left_out(negatives: int, full: bool) -> None:
     import tensorflow as tf
 
-    from services.trainer.pipeline.training import SequenceModel
+    from services.trainer.pipeline.sequence_model import SequenceModel
 
     model = SequenceModel(
         10, ItemAttributes(np.zeros((10, 0), np.int32), 0), resolve("tiny", {"negatives": negatives}), 1
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_formula_with_own_targets_left_out(negatives: in
 
 
 def test_averaged_weights_follow_the_trained_ones_and_leave_them_as_they_were() -> None:
-    from services.trainer.pipeline.training import SequenceModel
+    from services.trainer.pipeline.sequence_model import SequenceModel
 
     model = SequenceModel(10, ItemAttributes(np.zeros((10, 0), np.int32), 0), resolve("tiny", {}), seed=1)
     first = model.id_table.numpy().copy()
@@ -146,7 +146,7 @@ def test_averaged_weights_follow_the_trained_ones_and_leave_them_as_they_were() 
 def test_sparse_adam_moves_only_rows_that_were_read_and_as_adam_does() -> None:
     import tensorflow as tf
 
-    from services.trainer.pipeline.training import SequenceModel
+    from services.trainer.pipeline.sequence_model import SequenceModel
 
     size = resolve("tiny", {"warmup_steps": 0, "learning_rate": 0.01})
     model = SequenceModel(10, ItemAttributes(np.zeros((10, 0), np.int32), 0), size, seed=1)

@@ -10,7 +10,7 @@ from scipy.stats import kstest, norm
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.domain.privacy import GaussianRelease
 from services.trainer.pipeline.dataset import ItemAttributes
-from services.trainer.pipeline.training import SequenceModel
+from services.trainer.pipeline.sequence_model import SequenceModel
 from services.trainer.pipeline.transformer import allowed_within_segments
 from services.trainer.privacy import gradients
 from services.trainer.privacy.gradients import PrivateTrainer, rows_of, train_gradients

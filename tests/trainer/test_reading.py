@@ -123,7 +123,8 @@ def test_the_server_never_loads_tensorflow() -> None:
 
 def test_the_same_seed_gives_the_same_weights_and_they_beat_popularity() -> None:
     from services.trainer.domain.hyper_parameters import resolve
-    from services.trainer.pipeline.pipeline import Plan, train_model
+    from services.trainer.pipeline.pipeline import train_model
+    from services.trainer.pipeline.plan import Plan
     from tests.trainer.conftest import columns_of
 
     events = columns_of(walk(users=120, items=30))

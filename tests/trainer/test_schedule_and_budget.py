@@ -86,7 +86,8 @@ def test_large_holds_more_than_a_hundred_million_weights_beside_its_tables_and_i
     import numpy as np
 
     from services.trainer.pipeline.dataset import Cleaning, ItemAttributes, clean
-    from services.trainer.pipeline.training import SequenceModel, train
+    from services.trainer.pipeline.sequence_model import SequenceModel
+    from services.trainer.pipeline.training import train
     from tests.trainer.conftest import columns_of, walk
 
     large = resolve("large", {})

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.dataset import MIN_USERS, EventColumns, HeldOut, clean, require_enough
+from services.trainer.pipeline.describing import describe_report
 from services.trainer.pipeline.evaluation import (
     Neighbours,
     choose_half_life,
@@ -18,7 +19,7 @@ from services.trainer.pipeline.evaluation import (
     popularity,
     sample_rows,
 )
-from services.trainer.pipeline.pipeline import Plan, describe_report, split_of
+from services.trainer.pipeline.plan import Plan, split_of
 from services.trainer.pipeline.published import contestants_of, encode_published, index_in, newer_than
 from services.trainer.pipeline.report import report_of
 from shared.bundle import Bundle

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from services.trainer.pipeline.dataset import HeldOut, Histories
-from services.trainer.pipeline.training import SequenceModel
+from services.trainer.pipeline.sequence_model import SequenceModel
 from services.trainer.pipeline.transformer import Encoder
 from shared.bundle.encoder import LiteRtEncoder
 from shared.bundle.history import History, encoder_inputs

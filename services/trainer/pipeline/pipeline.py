@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -17,23 +14,28 @@ import numpy.typing as npt
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card
 from services.trainer.pipeline.baselines import item_item_baselines
-from services.trainer.pipeline.blend import Blend, FeatureMaker, Terms, learn_blend
+from services.trainer.pipeline.blend import FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.checkpoint import Checkpoints, fingerprint_of
+from services.trainer.pipeline.comparing import COMPARED_USERS, compare_with_incumbent
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
-    MIN_USERS,
-    Cleaning,
     EventColumns,
-    HeldOut,
     Histories,
-    Split,
     clean,
     encode_attributes,
     everyone,
-    leave_one_out,
     require_enough,
-    split_by_time,
+)
+from services.trainer.pipeline.describing import (
+    describe_blend,
+    describe_data,
+    describe_refit,
+    describe_report,
+    for_card,
+    is_simulated,
+    last_seen_of,
+    peak_resident_bytes,
 )
 from services.trainer.pipeline.evaluation import (
     BLEND,
@@ -48,100 +50,19 @@ from services.trainer.pipeline.evaluation import (
     rank_by_query,
     sample_rows,
 )
-from services.trainer.pipeline.gate import Verdict, judge
-from services.trainer.pipeline.published import (
-    contestants_of,
-    encode_published,
-    newer_than,
-    published_ndcg,
-)
-from services.trainer.pipeline.report import Comparison, Report, compare, compare_published, report_of
+from services.trainer.pipeline.gate import judge
+from services.trainer.pipeline.plan import Plan, TrainedModel, split_of
+from services.trainer.pipeline.report import report_of
 from shared.bundle import Bundle
 from shared.errors import Cancelled, FailedPrecondition
-from shared.ranking_metrics import Interval
 
 # Held-out events that early stopping looks at: enough for a stable NDCG, cheap beside a pass.
 _VALIDATION_CELLS = 30_000_000
 _VALIDATION_USERS = (500, 3_000)
-# A version in service is encoded person by person, as it serves: so many are enough to compare.
-_COMPARED_USERS = 3_000
 _SECONDS_BETWEEN_STEPS = 5.0
 _EXPORT_SECONDS = 6.0
-_NO_LEAD = Interval(0.0, 0.0, 0.0)
 
 Reporter = Callable[..., None]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a training is asked to do, beside its size.
-
-    Attributes:
-        cleaning: who and what takes part.
-        exclude_seen: leave seen items out of rankings.
-        refit: train on with the held-out events: with those of validation before measuring, with all before
-            serving. Without it no weight ever learned from a held-out event.
-        force: promote whatever the gate says.
-        max_test_users, resamples, confidence: of the evaluation.
-        max_size_bytes: of the version.
-        split: "leave_one_out" or "global_time".
-        full_ladder: measure every baseline; else those that take about a second.
-        answer_everyone: rank also for those whose last event is no fair test or was not drawn for it.
-    """
-
-    cleaning: Cleaning = field(default_factory=Cleaning)
-    exclude_seen: bool = True
-    refit: bool = True
-    force: bool = False
-    max_test_users: int = 20_000
-    resamples: int = 1000
-    confidence: float = 0.95
-    max_size_bytes: int = 4_000_000_000
-    split: str = "leave_one_out"
-    full_ladder: bool = False
-    answer_everyone: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TrainedModel:
-    """Everything that `shared.bundle.write_bundle` needs, and what came of it.
-
-    Attributes:
-        best_B20: the blend's answers to the held-out events, item indices, -1 where there are fewer.
-        tested: those events; of everybody, where everyone is answered.
-        frozen_rank_B: ranks of the test by the blend with the counts of the training events alone; of a full ladder.
-        histories: all of the data.
-    """
-
-    arrays: dict[str, npt.NDArray[Any]]
-    vocabulary: Sequence[str]
-    encoder_bytes: bytes
-    manifest_fields: dict[str, Any]
-    attachments: dict[str, bytes]
-    verdict: Verdict
-    report: Report
-    best_B20: npt.NDArray[np.int32]
-    tested: HeldOut
-    histories: Histories
-    frozen_rank_B: npt.NDArray[np.int64] | None = None
-
-
-def split_of(histories: Histories, plan: Plan) -> Split:
-    """Returns the split of the plan.
-
-    Raises:
-        FailedPrecondition: TOO_LITTLE_DATA: it holds out next to nothing.
-    """
-    make = split_by_time if plan.split == "global_time" else leave_one_out
-    split = make(histories, plan.exclude_seen)
-    fewest = min(len(split.validation), len(split.test))
-    if fewest < 5:
-        raise FailedPrecondition(
-            "TOO_LITTLE_DATA",
-            f"Too little data: only {fewest} events can be held out, one a person, on items that are new to them. "
-            "Record more events, or set evaluation.exclude_seen to false if people here buy the same again.",
-        )
-    return split
 
 
 class _Rest:
@@ -215,7 +136,7 @@ def train_model(
         test = split.test.take(sample_rows(len(split.test), plan.max_test_users, seed))
         attributes = encode_attributes(histories.item_ids, attributes_of)
         budget = Budget(size.max_train_seconds, 2 if plan.refit else 0, clock)
-        compared = min(len(test), _COMPARED_USERS) if incumbent else 0
+        compared = min(len(test), COMPARED_USERS) if incumbent else 0
         rest = _Rest(budget, len(test) * histories.item_count, 1e-3 * compared)
         report(
             "PREPARING",
@@ -245,7 +166,8 @@ def train_model(
     report("TRAINING", "Building the model.", remaining_seconds=rest.while_fitting())
     # Imported here: too little data is found out without TensorFlow's seconds and memory.
     from services.trainer.pipeline.export import convert, measure_parity
-    from services.trainer.pipeline.training import EpochReport, SequenceModel, refit, train
+    from services.trainer.pipeline.sequence_model import SequenceModel
+    from services.trainer.pipeline.training import EpochReport, refit, train
 
     cpu_before, wall_before = time.process_time(), time.monotonic()
     budget.resume()
@@ -382,7 +304,7 @@ def train_model(
         answered = everyone(histories)
         best_B20 = best_items(histories, answered, model.encode(histories, answered), contestants, exclude)
     check()
-    label = card.SIMULATION if _is_simulated(histories, attributes_of) else ""
+    label = card.SIMULATION if is_simulated(histories, attributes_of) else ""
     protocol = f"{label + ': ' if label else ''}{split.words}. Every item competes, {'those seen before excluded' if exclude else 'those seen before included'}"
     measured = report_of(
         histories, test, climb, contestants.item_vectors_ID,
@@ -391,7 +313,7 @@ def train_model(
     measured_blend = measured.ladder[0]
     comparison = None
     if incumbent is not None:
-        comparison = _compare(
+        comparison = compare_with_incumbent(
             incumbent,
             histories,
             test,
@@ -425,7 +347,7 @@ def train_model(
         "item_bias": blend.item_bias(terms),
         "popularity": terms.popularity_I,
         **companion.to_arrays(),
-        "last_seen": _last_seen(histories),
+        "last_seen": last_seen_of(histories),
     }
     finite = all(bool(np.isfinite(array).all()) for array in [*arrays.values(), *model.weights()])
     if not finite:
@@ -441,12 +363,12 @@ def train_model(
         comparison=comparison,
     )
     check()
-    data = _describe_data(histories, events.watermark, attributes.attribute_count)
+    data = describe_data(histories, events.watermark, attributes.attribute_count)
     notes = [
         f"{len(epochs)} passes in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
-        *_describe_blend(blend),
+        *describe_blend(blend),
         f"Half-life of popularity: {half_life_days:.0f} days, chosen on the validation events.",
-        _describe_refit(passes_before, passes_after),
+        describe_refit(passes_before, passes_after),
         f"Training took {train_cpu_seconds:.0f} CPU seconds, {train_wall_seconds:.0f} s of wall time.",
     ]
     attachments = {
@@ -457,7 +379,7 @@ def train_model(
         card.SLICES: card.draw_slices(measured, comparison, label),
         card.RELIABILITY: card.draw_reliability(measured.calibration, label),
         "card.md": card.write_card(
-            model=model_name, report=measured, verdict=verdict, comparison=comparison, data=_for_card(data),
+            model=model_name, report=measured, verdict=verdict, comparison=comparison, data=for_card(data),
             hyper_parameters=size.to_json(), notes=notes, label=label,
         ).encode(),
     }  # fmt: skip
@@ -495,143 +417,3 @@ def train_model(
 
 def _import_tensorflow() -> None:
     importlib.import_module("services.trainer.pipeline.export")
-
-
-def _compare(
-    incumbent: Bundle,
-    histories: Histories,
-    test: HeldOut,
-    rank_B: npt.NDArray[np.int64],
-    measures: Mapping[str, Interval],
-    contestants: Contestants,
-    plan: Plan,
-    seed: int,
-    check: Callable[[], None],
-) -> Comparison:
-    """Returns how the new version does against the one in service.
-
-    The one in service was trained on every event of its day. Only events after those are a fair question to
-    it; where there are too few, what both were measured at before they saw their test is compared.
-    """
-    fresh = newer_than(incumbent, histories, test)
-    fresh = fresh[sample_rows(len(fresh), _COMPARED_USERS, seed)]
-    if len(fresh) < MIN_USERS:
-        old_interval, why_none = published_ndcg(incumbent, plan.split, plan.exclude_seen)
-        if old_interval is None:
-            return Comparison(incumbent.version, _NO_LEAD, len(test), False, why_none=why_none)
-        return compare_published(incumbent.version, measures["ndcg@10"], old_interval, len(test))
-    asked = test.take(fresh)
-    served = contestants_of(incumbent, histories, contestants.popularity_I, contestants.popularity_decayed_I)
-    query_BD = encode_published(incumbent, histories, asked, check)
-    old_rank_B = rank_by_blend(histories, asked, query_BD, served, plan.exclude_seen)
-    return compare(
-        histories, asked, rank_B[fresh], old_rank_B, incumbent.version,
-        seed=seed, resamples=plan.resamples, confidence=plan.confidence, min_slice=MIN_USERS,
-    )  # fmt: skip
-
-
-def describe_report(
-    measured: Report,
-    exclude_seen: bool,
-    comparison: Comparison | None = None,
-    split: str = "leave_one_out",
-) -> dict[str, Any]:
-    """Returns the measures as the manifest holds them."""
-    blend = measured.ladder[0]
-    slices: list[dict[str, Any]] = [
-        {"name": part.name, "users": part.user_count, "metrics": _intervals(part.metrics)}
-        for part in measured.slices
-    ]
-    if comparison is not None:
-        # Other people than above: those whose event is newer than the incumbent.
-        slices += [
-            {
-                "name": f"{part.name}; newer than the incumbent",
-                "users": part.user_count,
-                "metrics": _intervals(part.metrics),
-                "incumbent_metrics": _intervals(part.incumbent_metrics or {}),
-            }
-            for part in comparison.slices
-        ]
-    return {
-        "metrics": _intervals(blend.metrics),
-        "baselines": {rung.name: _intervals(rung.metrics) for rung in measured.ladder if rung.name != BLEND},
-        "slices": slices,
-        "evaluation": {
-            "users": measured.user_count,
-            "protocol": measured.protocol,
-            "confidence": measured.confidence,
-            "tied_share": measured.tied_share,
-            "exclude_seen": exclude_seen,
-            "split": split,
-        },
-    }
-
-
-def peak_resident_bytes() -> int:
-    """Returns the largest memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _is_simulated(histories: Histories, attributes_of: Mapping[str, Sequence[str]]) -> bool:
-    """Returns whether any item comes from the simulated shop, which marks each with the attribute `simulated`."""
-    return any("simulated=True" in attributes_of.get(item_id, ()) for item_id in histories.item_ids)
-
-
-def _last_seen(histories: Histories) -> npt.NDArray[np.int64]:
-    last_I = np.zeros(histories.item_count, np.int64)
-    np.maximum.at(last_I, histories.item_E, histories.time_E // 1_000_000)
-    return last_I
-
-
-def _describe_data(histories: Histories, watermark: bytes, attribute_count: int) -> dict[str, Any]:
-    def moment(microseconds: int) -> str:
-        return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat()
-
-    return {
-        "watermark": watermark.hex(),
-        "events": len(histories.item_E),
-        "users": histories.user_count,
-        "items": histories.item_count,
-        "attributes": attribute_count,
-        "first_event_at": moment(int(histories.time_E.min())),
-        "last_event_at": moment(int(histories.time_E.max())),
-    }
-
-
-def _for_card(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in data.items()}
-
-
-def _describe_blend(blend: Blend) -> list[str]:
-    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in blend.weights.items() if weight)
-    judged = (
-        f"NDCG@10 on validation people that did not teach it {blend.ndcg['blend']:.4f}, "
-        f"of popularity {blend.ndcg['popularity']:.4f}"
-    )
-    if blend.fell_back:
-        return [
-            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}): popularity is served."
-        ]
-    return [
-        f"Blend weights learned from the validation events of {blend.people} people: {weights}.",
-        judged + ".",
-    ]
-
-
-def _describe_refit(before: int, after: int) -> str:
-    if not before and not after:
-        return (
-            "The weights measured and served never saw a held-out event; the counts served know every event."
-        )
-    return (
-        f"Before measuring, {before} more passes included the validation events; after measuring, {after} more "
-        "included every event. The weights served are the latter: they know more than those measured."
-    )
-
-
-def _intervals(metrics: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"value": interval.value, "low": interval.low, "high": interval.high}
-        for name, interval in metrics.items()
-    }

@@ -35,7 +35,7 @@ from services.trainer.pipeline.evaluation import (
     rank_by_query,
     sample_rows,
 )
-from services.trainer.pipeline.pipeline import Plan, split_of
+from services.trainer.pipeline.plan import Plan, split_of
 
 _STARTUP_TRIALS = 4
 _VALIDATION_USERS = 3_000
@@ -173,7 +173,8 @@ class TuningData:
         should_stop: Callable[[], bool],
     ) -> float:
         """Returns the NDCG@10 of the blend on the validation events after a training with these departures."""
-        from services.trainer.pipeline.training import SequenceModel, train
+        from services.trainer.pipeline.sequence_model import SequenceModel
+        from services.trainer.pipeline.training import train
 
         size = replace(self.size, **overrides)  # type: ignore[arg-type]
         model = SequenceModel(self.histories.item_count, self.attributes, size, self.seed)

@@ -31,7 +31,7 @@ from services.trainer.domain.privacy import GRADIENTS, DifferentialPrivacy, Gaus
 from services.trainer.pipeline.dataset import Histories, encode_attributes, hold_out
 from services.trainer.pipeline.evaluation import Contestants
 from services.trainer.pipeline.export import convert, measure_parity
-from services.trainer.pipeline.training import SequenceModel
+from services.trainer.pipeline.sequence_model import SequenceModel
 from services.trainer.pipeline.transformer import allowed_within_segments
 from services.trainer.privacy.randomness import SecureRandom
 from services.trainer.privacy.training import Served

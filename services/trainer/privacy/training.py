@@ -25,7 +25,7 @@ from services.trainer.pipeline.gate import (
     Check,
     Verdict,
 )
-from services.trainer.pipeline.pipeline import Plan
+from services.trainer.pipeline.plan import Plan
 from services.trainer.privacy.accounting import epsilon_of, noise_for
 from services.trainer.privacy.card import write_private_card
 from services.trainer.privacy.contributions import over_catalogue, sum_shares, take_people

@@ -8,7 +8,7 @@ import threading
 import psycopg
 
 from services.trainer.domain.runs import RunFailure, RunState
-from services.trainer.pipeline.pipeline import peak_resident_bytes
+from services.trainer.pipeline.describing import peak_resident_bytes
 from services.trainer.storage import PostgresRunStore
 from shared.errors import Unavailable
 

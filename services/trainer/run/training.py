@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from services.trainer.domain.privacy import DifferentialPrivacy, GaussianRelease, PrivacyCharge
 from services.trainer.domain.runs import TrainingRun
-from services.trainer.pipeline.pipeline import TrainedModel, train_model
+from services.trainer.pipeline.pipeline import train_model
+from services.trainer.pipeline.plan import TrainedModel
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.privacy.training import PrivateModel, train_privately

@@ -16,8 +16,9 @@ from services.trainer.domain.hyper_parameters import HyperParameters, resolve
 from services.trainer.domain.runs import TrainingConfig, TrainingRun
 from services.trainer.pipeline.checkpoint import Checkpoints
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
+from services.trainer.pipeline.describing import peak_resident_bytes
 from services.trainer.pipeline.log_reader import read_events
-from services.trainer.pipeline.pipeline import Plan, peak_resident_bytes
+from services.trainer.pipeline.plan import Plan
 from services.trainer.run.heart import Heart
 from services.trainer.settings import TrainerSettings, directory_of
 from services.trainer.storage import PostgresRunStore
