@@ -7,6 +7,8 @@ reader.py     loads a version, or refuses it
 encoder.py    runs the encoder (LiteRT)
 history.py    a person's events -> item indices, kinds, mask
 scoring.py    indices and a query vector -> scores
+ranker.py     the second stage: features of shown candidates -> what a shopper will do
+ranker_features.py   scores, a history and a table of items -> features
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from shared.bundle.history import (
     mark_clean_events,
 )
 from shared.bundle.manifest import ScoringParameters
+from shared.bundle.ranker import Ranker
 from shared.bundle.reader import Bundle, load_bundle
 from shared.bundle.registry import AliasChange, AliasState, Registry
 from shared.bundle.scoring import (
@@ -43,6 +46,7 @@ __all__ = [
     "CooccurrenceMatrix",
     "History",
     "LiteRtEncoder",
+    "Ranker",
     "Registry",
     "ScoringParameters",
     "blended_scores",

@@ -14,6 +14,8 @@ weights.safetensors holds, for I items of dimension D:
     last_seen             (I,)      int64    optional: last event, Unix seconds
 
 vocabulary.safetensors holds `utf8` (N,) uint8 and `offsets` (I + 1,) int64.
+
+ranker.safetensors, optional, holds the second stage: see `shared.bundle.ranker`.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from shared.bundle.manifest import (
     read_manifest,
     sha256_of,
 )
+from shared.bundle.ranker import RANKER, Ranker, ranker_of
 from shared.bundle.scoring import Companion, CooccurrenceMatrix
 
 
@@ -54,6 +57,7 @@ class Bundle:
         item_vectors, item_bias, popularity, last_seen: see the module.
         companion: counts and attribute factors.
         encoder: the LiteRT runner.
+        ranker: the second stage; None where the version has none, or one of a later format.
     """
 
     manifest: dict[str, Any]
@@ -67,6 +71,7 @@ class Bundle:
     companion: Companion
     last_seen: npt.NDArray[np.int64] | None
     encoder: LiteRtEncoder
+    ranker: Ranker | None = None
 
     @property
     def model(self) -> str:
@@ -135,6 +140,12 @@ def load_bundle(
         encoder = LiteRtEncoder((path / ENCODER).read_bytes(), max_history, dimension)
     except (ValueError, OSError) as error:
         raise damaged(path, ENCODER, str(error)) from error
+    ranker = None
+    if RANKER in manifest["files"]:
+        try:
+            ranker = ranker_of(manifest.get("ranker"), map_arrays(path / RANKER), len(item_ids))
+        except (ValueError, OSError) as error:
+            raise damaged(path, RANKER, str(error)) from error
     return Bundle(
         manifest=manifest,
         scoring=scoring,
@@ -147,6 +158,7 @@ def load_bundle(
         companion=Companion.from_arrays(weights, scoring),
         last_seen=weights.get("last_seen"),
         encoder=encoder,
+        ranker=ranker,
     )
 
 
