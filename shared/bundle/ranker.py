@@ -204,6 +204,6 @@ def calibrated(weights: RankerWeights, logits_CT: Float32, positions_C: npt.NDAr
     z_CT *= weights.calibration_T2[:, 0]
     z_CT += weights.calibration_T2[:, 1]
     np.clip(z_CT, -30, 30, out=z_CT)
-    p_CT: Float32 = 1 / (1 + np.exp(-z_CT))
+    p_CT: Float32 = np.reciprocal(1 + np.exp(-z_CT))
     p_CT[:, 1:] *= p_CT[:, :1]
     return p_CT

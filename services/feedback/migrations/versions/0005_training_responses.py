@@ -12,7 +12,9 @@ depends_on = None
 UPGRADE = """
 CREATE VIEW training_responses_v1 AS
 WITH attributed AS (
-    SELECT e.*
+    SELECT e.event_key, e.xid, e.user_key, e.occurred_at, e.kind, e.recommendation_id, e.placement, e.model_version,
+        e.item_id, e.position, e.propensity, e.impression_items, e.impression_positions, e.impression_propensities,
+        e.line_items, e.line_positions
     FROM events AS e
     LEFT JOIN consents AS c ON c.user_key = e.user_key
     WHERE e.recommendation_id IS NOT NULL
