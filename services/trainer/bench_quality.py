@@ -3,7 +3,7 @@
     python -m services.trainer.bench_quality --data DIR [--topk FILE] [--seed S] [--seeds N] [--max-seconds N]
 
 DIR holds sequences.txt (one person a line: `user item item …`, oldest first) and perhaps item_attributes.json
-(item id → list of attribute ids). Leave one out: the last item is the test, the one before chooses passes and the weights
+(item id → list of attribute ids) and item_vectors.npz (`content.ContentVectors.read`). Leave one out: the last item is the test, the one before chooses passes and the weights
 of the blend, and the Transformer never learns from it; every item competes but those seen before. Counts (of every
 contestant) and histories are up to date when the test is taken: they hold the validation events. What the blend reaches
 with the counts of the training events alone is said under "frozen_counts". The last line printed is JSON.
@@ -12,10 +12,12 @@ with the counts of the training events alone is said under "frozen_counts". The 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import resolve
+from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import (
     Cleaning,
     EventColumns,
@@ -54,32 +57,59 @@ _MEASURED_CELLS, _MEASURED_PEOPLE = 800_000_000, 5_000
 _MAX_USER_EVENTS = 2_000
 
 
-def read_sequences(path: Path) -> tuple[EventColumns, list[str]]:
-    """Returns the events of a file of histories, and the name of each person by number."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """A file of histories.
+
+    Attributes:
+        names: of each person by number.
+        ends_in_run: people whose last two items are one: what came last is no news, so that they have no test.
+    """
+
+    events: EventColumns
+    names: list[str]
+    ends_in_run: frozenset[int]
+
+
+def read_sequences(path: Path) -> Sequences:
+    """Reads a file of histories: white space of any kind, empty lines, and people in several lines are no matter."""
     number_of: dict[str, int] = {}
-    names: list[str] = []
-    users: list[int] = []
-    items: list[int] = []
-    places: list[int] = []
-    with path.open() as lines:
+    items_of: dict[str, list[int]] = {}
+    with path.open(encoding="utf-8-sig") as lines:
         for line in lines:
             if not line.strip():
                 continue
             name, *sequence = line.split()
-            users += [len(names)] * len(sequence)
-            items += [number_of.setdefault(item, len(number_of)) for item in sequence]
-            places += range(len(sequence))
-            names.append(name)
-    order_E = np.array(places, np.int64)
+            items_of.setdefault(name, []).extend(
+                number_of.setdefault(item, len(number_of)) for item in sequence
+            )
+    lengths = [len(items) for items in items_of.values()]
+    count = sum(lengths)
     # The file has an order and no times.
-    return EventColumns(
-        user_E=np.array(users, np.int64),
-        item_E=np.array(items, np.int32),
-        kind_E=np.full(len(users), INTEREST_KINDS[0], np.int32),
-        time_E=np.zeros(len(users), np.int64),
-        order_E=order_E,
+    events = EventColumns(
+        user_E=np.repeat(np.arange(len(lengths)), lengths),
+        item_E=np.fromiter(itertools.chain.from_iterable(items_of.values()), np.int32, count),
+        kind_E=np.full(count, INTEREST_KINDS[0], np.int32),
+        time_E=np.zeros(count, np.int64),
+        order_E=np.fromiter(itertools.chain.from_iterable(map(range, lengths)), np.int64, count),
         item_ids=list(number_of),
-    ), names
+    )
+    ends_in_run = (
+        number for number, items in enumerate(items_of.values()) if len(items) > 1 and items[-1] == items[-2]
+    )
+    return Sequences(events, list(items_of), frozenset(ends_in_run))
+
+
+def read_attributes(path: Path) -> dict[str, list[str]]:
+    """Returns the attribute values of each item id; none where there is no such file."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    return {
+        str(item): [str(value) for value in (values if isinstance(values, list) else [values])]
+        for item, values in found.items()
+        if values is not None
+    }
 
 
 def write_topk(
@@ -92,12 +122,12 @@ def write_topk(
             file.write(" ".join([names[histories.user_U[user]], *items]) + "\n")
 
 
-def measure_popularity(
-    events: EventColumns, plan: Plan, arguments: argparse.Namespace, names: list[str]
-) -> dict[str, Any]:
+def measure_popularity(sequences: Sequences, plan: Plan, arguments: argparse.Namespace) -> dict[str, Any]:
     """Answers by popularity, for files that nothing can be learned from."""
-    histories = clean(events, plan.cleaning)
-    asked, test = everyone(histories), hold_out(histories, 1, exclude_seen=True)
+    histories = clean(sequences.events, plan.cleaning)
+    after_all_U = np.isin(histories.user_U, list(plan.answered_after_all))
+    asked, test = everyone(histories, after_all_U), hold_out(histories, 1, exclude_seen=True)
+    test = test.take(np.flatnonzero(~after_all_U[test.user_B]))
     count_I = popularity(histories.without_last(1))
     if arguments.topk:
         items = histories.item_count
@@ -110,13 +140,14 @@ def measure_popularity(
         best_B20 = best_items(
             histories, asked, np.zeros((len(asked), 1), np.float32), served, exclude_seen=True
         )
-        write_topk(arguments.topk, best_B20, asked, histories, names)
+        write_topk(arguments.topk, best_B20, asked, histories, sequences.names)
     rank_B = rank_by_fixed_scores(histories, test, count_I, exclude_seen=True)
     measures = _measures(rank_B) if len(test) else dict.fromkeys(_NAMES, 0.0)
     return {
         **measures,
         "transformer": dict.fromkeys(_NAMES, 0.0),
         "ladder": {"popularity": measures},
+        "frozen_counts": measures,
         "users": len(test),
         "gate": "FAILED",
         "seed": arguments.seed,
@@ -128,9 +159,8 @@ def measure_popularity(
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains once and returns what the last line says."""
-    events, names = read_sequences(arguments.data / "sequences.txt")
-    attributes_path = arguments.data / "item_attributes.json"
-    attributes = json.loads(attributes_path.read_text()) if attributes_path.exists() else {}
+    sequences = read_sequences(arguments.data / "sequences.txt")
+    events, vectors = sequences.events, arguments.data / "item_vectors.npz"
     overrides: dict[str, Any] = {"max_train_seconds": arguments.max_seconds}
     for setting in arguments.set:
         name, _, value = setting.partition("=")
@@ -146,13 +176,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         full_ladder=not arguments.short_ladder,
         refit=arguments.refit,
         answer_everyone=arguments.topk is not None,
+        frozen_counts=True,
+        answered_after_all=sequences.ends_in_run,
     )
     try:
         trained = train_model(
             events,
-            {item: [str(value) for value in values] for item, values in attributes.items()},
+            read_attributes(arguments.data / "item_attributes.json"),
             resolve(arguments.size, overrides),
             plan,
+            content=ContentVectors.read(vectors) if vectors.exists() else None,
             model_name="bench",
             seed=arguments.seed,
             report=report,
@@ -161,9 +194,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if error.reason != "TOO_LITTLE_DATA":
             raise
         report("FAILED", f"{error.message} Popularity answers.")
-        return measure_popularity(events, plan, arguments, names)
+        return measure_popularity(sequences, plan, arguments)
+    assert trained.frozen_rank_B is not None
     if arguments.topk:
-        write_topk(arguments.topk, trained.best_B20, trained.tested, trained.histories, names)
+        write_topk(arguments.topk, trained.best_B20, trained.tested, trained.histories, sequences.names)
     values = {
         rung.name: {name: round(rung.metrics[name].value, 5) for name in _NAMES}
         for rung in trained.report.ladder
@@ -175,7 +209,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **blend,
         "transformer": transformer,
         "ladder": values,
-        **({} if trained.frozen_rank_B is None else {"frozen_counts": _measures(trained.frozen_rank_B)}),
+        "frozen_counts": _measures(trained.frozen_rank_B),
         "users": trained.report.user_count,
         "protocol": "weights learned from validation events too"
         if arguments.refit
@@ -230,11 +264,13 @@ def over_seeds(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     blend, blend_sd = of(lambda line: line)
     transformer, transformer_sd = of(lambda line: line["transformer"])
+    frozen, frozen_sd = of(lambda line: line["frozen_counts"])
     costs = ("train_cpu_seconds", "train_wall_seconds", "wall_seconds", "peak_rss_mb")
     return {
         **blend,
         "transformer": transformer,
-        "sd": {**blend_sd, "transformer": transformer_sd},
+        "frozen_counts": frozen,
+        "sd": {**blend_sd, "transformer": transformer_sd, "frozen_counts": frozen_sd},
         "seeds": [line["seed"] for line in lines],
         **{name: max(line[name] for line in lines) for name in costs},
     }

@@ -51,6 +51,10 @@ class TrainerSettings(ServiceSettings):
         gt=0,
         description="A run waits so long for a page of the catalogue, then trains without attributes.",
     )
+    item_vectors_path: Path | None = Field(
+        None,
+        description="Vectors of items' text or pictures (`.npz`); runs that cannot read them train without.",
+    )
     drift_check_seconds: float = Field(
         300.0, gt=0, description="How often a schedule that trains on drift is measured."
     )

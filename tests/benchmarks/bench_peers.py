@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from services.trainer.bench_quality import read_sequences
+from services.trainer.bench_quality import read_attributes, read_sequences
 from services.trainer.domain.hyper_parameters import resolve
 from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.budget import Budget
@@ -94,7 +94,8 @@ def train_ours(
     histories: Histories, attributes_of: dict[str, list[str]], seed: int, overrides: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Returns what our Transformer reached after so many CPU seconds."""
-    from services.trainer.pipeline.training import EpochReport, SequenceModel, train
+    from services.trainer.pipeline.sequence_model import SequenceModel
+    from services.trainer.pipeline.training import EpochReport, train
 
     size = resolve("small", overrides)
     split = leave_one_out(histories, exclude_seen=True)
@@ -156,9 +157,8 @@ def main() -> None:
     parser.add_argument("--passes", type=int, nargs="*", default=[2, 3, 5], help="of short trainings of ours")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    events, _ = read_sequences(arguments.data / "sequences.txt")
-    attributes_path = arguments.data / "item_attributes.json"
-    attributes = json.loads(attributes_path.read_text()) if attributes_path.exists() else {}
+    events = read_sequences(arguments.data / "sequences.txt").events
+    known = read_attributes(arguments.data / "item_attributes.json")
     histories = clean(events, Cleaning(max_user_events=2_000))
     test, validation = hold_out(histories, 1, exclude_seen=True), hold_out(histories, 2, exclude_seen=True)
     said: dict[str, Any] = {"users": len(test), "items": histories.item_count, "peers": {}}
@@ -184,7 +184,6 @@ def main() -> None:
         name: measures(rank_by_neighbours(histories, test, model, True)) for name, model in neighbours.items()
     }
     said["ladder_cpu_seconds"] = round(cpu, 1)
-    known = {item: [str(value) for value in values] for item, values in attributes.items()}
     said["ours"] = train_ours(histories, known, arguments.seed, {})
     # A training that shall end soon has a schedule of its own: its end is what it reached.
     said["ours_short"] = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.trainer.bench_quality import _without, over_seeds, read_sequences
+from services.trainer.bench_quality import _without, over_seeds, read_attributes, read_sequences
 from tests.trainer.conftest import walk
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -75,13 +75,36 @@ def test_a_file_of_one_person_is_answered_by_popularity(tmp_path: Path) -> None:
     assert said["gate"] == "FAILED"
 
 
-def test_a_file_of_histories_keeps_its_order(tmp_path: Path) -> None:
+def test_a_file_of_histories_keeps_its_order_whatever_its_white_space(tmp_path: Path) -> None:
     path = tmp_path / "sequences.txt"
-    path.write_text("b 9 8 9\na 8\n")
-    events, names = read_sequences(path)
-    assert names == ["b", "a"]
-    assert [events.item_ids[item] for item in events.item_E] == ["9", "8", "9", "8"]
-    assert events.order_E.tolist() == [0, 1, 2, 0]
+    path.write_bytes(b"\xef\xbb\xbfb\t9  8 9 \r\n\r\n  a 8\nc 7 8 8\nb 4\nd\n")
+    sequences = read_sequences(path)
+    events = sequences.events
+    # A person in two lines is one person; a name without items did nothing.
+    assert sequences.names == ["b", "a", "c", "d"]
+    assert events.user_E.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert [events.item_ids[item] for item in events.item_E] == ["9", "8", "9", "4", "8", "7", "8", "8"]
+    assert events.order_E.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
+    assert sequences.ends_in_run == {2}
+
+
+def test_attributes_may_be_missing_alone_or_of_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "item_attributes.json"
+    assert read_attributes(path) == {}
+    path.write_text('{"1": [3, "x"], "2": "red", "nobody": [], "3": null}')
+    assert read_attributes(path) == {"1": ["3", "x"], "2": ["red"], "nobody": []}
+
+
+def test_who_took_the_same_twice_at_last_is_answered_after_both_and_not_tested(tmp_path: Path) -> None:
+    lines = {f"u{n}": [str(item) for item in items] for n, items in enumerate(walk(users=120, items=30))}
+    runs = {f"r{n}": [*items, items[-1]] for n, items in enumerate(lines.values()) if n < 20}
+    everybody = {**lines, **runs, "twice": ["3", "3"]}
+    (tmp_path / "sequences.txt").write_text("".join(f"{u} {' '.join(i)}\n" for u, i in everybody.items()))
+    said, answers = bench(tmp_path, "--short-ladder")
+    assert set(answers) == set(everybody)
+    for user, items in everybody.items():
+        assert not set(answers[user]) & set(items[:-1]), user
+    assert said["users"] == sum(items[-1] not in items[:-1] for items in lines.values())
 
 
 def test_several_seeds_give_means_and_standard_deviations() -> None:
@@ -90,7 +113,13 @@ def test_several_seeds_give_means_and_standard_deviations() -> None:
         costs = dict.fromkeys(
             ("train_cpu_seconds", "train_wall_seconds", "wall_seconds", "peak_rss_mb"), 10.0 * seed
         )
-        return {**measures, "transformer": dict.fromkeys(NAMES, value / 2), "seed": seed, **costs}
+        return {
+            **measures,
+            "transformer": dict.fromkeys(NAMES, value / 2),
+            "frozen_counts": measures,
+            "seed": seed,
+            **costs,
+        }
 
     said = over_seeds([line(1, 0.1), line(2, 0.2), line(3, 0.3)])
     assert said["hr@10"] == pytest.approx(0.2)

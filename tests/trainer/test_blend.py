@@ -82,9 +82,9 @@ def test_the_served_factors_are_the_weighted_terms_where_the_rank_suffices() -> 
     attributes, pairs_II = attribute_case()
     terms = AttributeTerms(attributes, pairs_II)
     sim, tr = naive_attribute_terms(attributes, pairs_II.toarray())
-    queries_IR, keys_IR = terms.factors(2.9, 1.1, rank=20)
+    queries_IR, keys_IR = terms.factors(2.9, 1.1, 0.0, rank=20)
     np.testing.assert_allclose(queries_IR @ keys_IR.T, 2.9 * sim + 1.1 * tr, atol=1e-4)
-    narrow = terms.factors(2.9, 1.1, rank=3)
+    narrow = terms.factors(2.9, 1.1, 0.0, rank=3)
     assert narrow[0].shape == (len(sim), 3)
     best = np.linalg.svd(2.9 * sim + 1.1 * tr)[1]
     # Of all matrices of rank 3 none is closer (Eckart & Young, 1936).

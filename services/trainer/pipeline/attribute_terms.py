@@ -1,6 +1,6 @@
-"""What attributes say of the next item: likeness, and which attributes follow which. NumPy and SciPy.
+"""What the catalogue says of the next item: likeness, and which attributes follow which. NumPy and SciPy.
 
-I = items, A = attributes, R = rank, B = people.
+I = items, A = attributes, C = width of the content, R = rank, B = people.
 
     x_i          attributes of i, each weighted by idf_a^2, to length 1;  idf_a = log(I / items with a)
     similarity   sim(h, i) = x_h · x_i
@@ -8,8 +8,9 @@ I = items, A = attributes, R = rank, B = people.
     N = Y' W Y   how often attribute b came after a, W being the directed pair weights of items
     L[a, b]      log((N[a, b] + .1) / (E[a, b] + .1)),  E[a, b] = N[a, :] N[:, b] / N, what chance would give
     transition   tr(h, i) = y_h L y_i
+    content      co(h, i) = v_h · v_i, of the vectors of text and pictures
 
-A history's terms are means over its items, weighted by recency. Both are bilinear in items, so that their weighted sum is
+A history's terms are means over its items, weighted by recency. All are bilinear in items, so that their weighted sum is
 a matrix (I, I) of low rank: what is served is its best R factors (randomised SVD, Halko, Martinsson & Tropp, 2011).
 """
 
@@ -39,6 +40,8 @@ class AttributeTerms:
 
     def __init__(self, attributes: ItemAttributes, pairs_II: scipy.sparse.csr_matrix) -> None:
         items, count = len(attributes.attribute_IP), attributes.attribute_count
+        self.has_attributes = count > 0
+        self.content_IC = attributes.content_IC
         row_N, place_N = np.nonzero(attributes.attribute_IP)
         column_N = attributes.attribute_IP[row_N, place_N] - 1
         has_IA = scipy.sparse.csr_matrix(
@@ -67,18 +70,36 @@ class AttributeTerms:
         expected_BA = np.asarray((mean_BI @ self.y_IA).todense(), np.float32) @ self.lift_AA
         return np.ascontiguousarray((self.y_IA @ expected_BA.T).T, np.float32)
 
-    def factors(self, similarity: float, transition: float, rank: int) -> tuple[Float32, Float32]:
-        """Returns a, k, each (I, R): a_h · k_i is close to similarity * sim(h, i) + transition * tr(h, i)."""
+    def content(self, mean_BI: scipy.sparse.csr_matrix) -> Float32:
+        """Returns co of every item, (B, I), likewise."""
+        assert self.content_IC is not None
+        return np.asarray(mean_BI @ self.content_IC, np.float32) @ self.content_IC.T
+
+    def factors(
+        self, similarity: float, transition: float, content: float, rank: int
+    ) -> tuple[Float32, Float32]:
+        """Returns a, k, each (I, R): a_h · k_i is close to similarity * sim + transition * tr + content * co of (h, i)."""
         items = self.x_IA.shape[0]
         width = min(items, rank + _OVERSAMPLING)
 
+        def with_content(
+            found: npt.NDArray[np.float64], right_IR: npt.NDArray[np.float64]
+        ) -> npt.NDArray[np.float64]:
+            if content and self.content_IC is not None:
+                found = found + content * (self.content_IC @ (self.content_IC.T @ right_IR))
+            return np.asarray(found)
+
         def product(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
             found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
-            return np.asarray(found + transition * (self.y_IA @ (self.lift_AA @ (self.y_IA.T @ right_IR))))
+            return with_content(
+                found + transition * (self.y_IA @ (self.lift_AA @ (self.y_IA.T @ right_IR))), right_IR
+            )
 
         def transposed(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
             found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
-            return np.asarray(found + transition * (self.y_IA @ (self.lift_AA.T @ (self.y_IA.T @ right_IR))))
+            return with_content(
+                found + transition * (self.y_IA @ (self.lift_AA.T @ (self.y_IA.T @ right_IR))), right_IR
+            )
 
         basis_IR = np.linalg.qr(product(np.random.default_rng(0).normal(size=(items, width))))[0]
         for _ in range(_POWER_ITERATIONS):

@@ -42,9 +42,9 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 SEQUENCE, FORWARD, BACKWARD = "sequence", "forward", "backward"
-SIMILARITY, TRANSITION = "similarity", "transition"
+SIMILARITY, TRANSITION, CONTENT = "similarity", "transition", "content"
 POPULARITY, REPEAT = "popularity", "repeat"
-FEATURES = (SEQUENCE, FORWARD, BACKWARD, SIMILARITY, TRANSITION, POPULARITY, REPEAT)
+FEATURES = (SEQUENCE, FORWARD, BACKWARD, SIMILARITY, TRANSITION, CONTENT, POPULARITY, REPEAT)
 DEFAULT_WEIGHTS = {SEQUENCE: 1.0, FORWARD: 0.7}
 _NEVER_NEGATIVE = (SEQUENCE, FORWARD)
 
@@ -81,7 +81,8 @@ class Terms:
     def of(cls, counts: PairCounts, attributes: ItemAttributes, popularity_I: Float32) -> Terms:
         """Returns the terms of what was counted so far."""
         forward, backward = counts.matrices()
-        terms = AttributeTerms(attributes, counts.weights()) if attributes.attribute_count else None
+        says_something = attributes.attribute_count or attributes.content_IC is not None
+        terms = AttributeTerms(attributes, counts.weights()) if says_something else None
         return cls(forward, backward, terms, popularity_I)
 
 
@@ -116,9 +117,10 @@ class Blend:
     def companion(self, terms: Terms) -> Companion:
         """Returns what is served beside the Transformer."""
         similarity, transition = self.weights[SIMILARITY], self.weights[TRANSITION]
+        content = self.weights[CONTENT]
         queries_IR = keys_IR = None
-        if terms.attributes is not None and (similarity or transition):
-            queries_IR, keys_IR = terms.attributes.factors(similarity, transition, ATTRIBUTE_RANK)
+        if terms.attributes is not None and (similarity or transition or content):
+            queries_IR, keys_IR = terms.attributes.factors(similarity, transition, content, ATTRIBUTE_RANK)
         backward = terms.backward if self.weights[BACKWARD] else None
         return Companion(self.scoring(), terms.forward, backward, queries_IR, keys_IR)
 
@@ -140,8 +142,11 @@ class FeatureMaker:
     def names(self, exclude_seen: bool) -> tuple[str, ...]:
         """Returns the features that can tell items apart here."""
         absent = set()
-        if self._terms.attributes is None:
+        attributes = self._terms.attributes
+        if attributes is None or not attributes.has_attributes:
             absent |= {SIMILARITY, TRANSITION}
+        if attributes is None or attributes.content_IC is None:
+            absent.add(CONTENT)
         if exclude_seen:
             absent.add(REPEAT)
         return tuple(name for name in FEATURES if name not in absent)
@@ -159,8 +164,11 @@ class FeatureMaker:
             found[REPEAT] = np.log1p(np.float32(SCALE) * repeats_BI.astype(np.float32))
         if self._terms.attributes is not None:
             mean_BI = recency_weights(seen, items, self._base, mean=True)
-            found[SIMILARITY] = self._terms.attributes.similarity(mean_BI)
-            found[TRANSITION] = self._terms.attributes.transition(mean_BI)
+            if SIMILARITY in names:
+                found[SIMILARITY] = self._terms.attributes.similarity(mean_BI)
+                found[TRANSITION] = self._terms.attributes.transition(mean_BI)
+            if CONTENT in names:
+                found[CONTENT] = self._terms.attributes.content(mean_BI)
         return {name: found[name] for name in names}
 
 

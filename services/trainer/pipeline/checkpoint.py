@@ -129,9 +129,12 @@ def fingerprint_of(
 ) -> str:
     """Returns a digest of everything that a training's outcome depends on."""
     digest = hashlib.sha256(json.dumps([size, seed, code_version], sort_keys=True).encode())
-    for array in (
+    arrays: list[Array] = [
         histories.start_U1, histories.item_E, histories.kind_E, histories.time_E, attributes.attribute_IP,
-    ):  # fmt: skip
+    ]  # fmt: skip
+    if attributes.content_IC is not None:
+        arrays.append(attributes.content_IC)
+    for array in arrays:
         digest.update(str((array.shape, array.dtype)).encode())
         digest.update(np.ascontiguousarray(array).data)
     digest.update("\0".join(histories.item_ids).encode())

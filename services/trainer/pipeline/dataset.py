@@ -17,6 +17,7 @@ from shared.errors import FailedPrecondition
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,12 +185,18 @@ def hold_out(histories: Histories, from_end: int, exclude_seen: bool) -> HeldOut
     return _hold_out_at(histories, histories.length_U - from_end, exclude_seen)
 
 
-def everyone(histories: Histories) -> HeldOut:
-    """Returns the last event of each person, also of those who have no other, and whatever they had before."""
+def everyone(histories: Histories, after_all_U: npt.NDArray[np.bool_] | None = None) -> HeldOut:
+    """Returns the last event of each person, also of those who have no other, and whatever they had before.
+
+    Args:
+        after_all_U: people whose last event belongs to their history, so that nothing is left to foretell.
+    """
     user_B = np.flatnonzero(histories.length_U > 0)
-    prefix_B = histories.length_U[user_B] - 1
-    target_B = histories.item_E[histories.start_U1[user_B] + prefix_B].astype(np.int64)
-    return HeldOut(user_B, target_B, prefix_B)
+    last_B = histories.length_U[user_B] - 1
+    target_B = histories.item_E[histories.start_U1[user_B] + last_B].astype(np.int64)
+    if after_all_U is not None:
+        last_B = last_B + after_all_U[user_B]
+    return HeldOut(user_B, target_B, last_B)
 
 
 def _hold_out_at(histories: Histories, place_U: Int64, exclude_seen: bool) -> HeldOut:
@@ -296,10 +303,12 @@ class ItemAttributes:
     Attributes:
         attribute_IP: (I, P) int32, attribute index + 1 of each place; 0 is an empty place.
         attribute_count: A.
+        content_IC: vectors of text and pictures, see `content.align`; None where there are none.
     """
 
     attribute_IP: Int32
     attribute_count: int
+    content_IC: Float32 | None = None
 
 
 def encode_attributes(

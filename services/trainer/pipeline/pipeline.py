@@ -6,6 +6,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from services.trainer.pipeline.blend import FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
 from services.trainer.pipeline.checkpoint import Checkpoints, fingerprint_of
 from services.trainer.pipeline.comparing import COMPARED_USERS, compare_with_incumbent
+from services.trainer.pipeline.content import ContentVectors, align
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import (
     EventColumns,
@@ -91,6 +93,7 @@ def train_model(
     size: HyperParameters,
     plan: Plan,
     *,
+    content: ContentVectors | None = None,
     model_name: str,
     seed: int,
     report: Reporter,
@@ -105,6 +108,7 @@ def train_model(
     Args:
         events: the log.
         attributes_of: values of each item id, such as "brand:acme".
+        content: what encoders made of items' text and pictures.
         report: called with stage, message, and optionally step, epoch, loss, metrics, remaining_seconds.
         should_stop: asked often; true ends the run with Cancelled.
         clock: monotonic seconds that the time for training is measured with.
@@ -133,15 +137,21 @@ def train_model(
         low, high = _VALIDATION_USERS
         limit = min(high, max(low, _VALIDATION_CELLS // histories.item_count))
         validation = split.validation.take(sample_rows(len(split.validation), limit, seed))
-        test = split.test.take(sample_rows(len(split.test), plan.max_test_users, seed))
-        attributes = encode_attributes(histories.item_ids, attributes_of)
+        answered_after_all_U = np.isin(histories.user_U, list(plan.answered_after_all))
+        test = split.test.take(np.flatnonzero(~answered_after_all_U[split.test.user_B]))
+        test = test.take(sample_rows(len(test), plan.max_test_users, seed))
+        attributes = replace(
+            encode_attributes(histories.item_ids, attributes_of),
+            content_IC=align(histories.item_ids, content),
+        )
         budget = Budget(size.max_train_seconds, 2 if plan.refit else 0, clock)
         compared = min(len(test), COMPARED_USERS) if incumbent else 0
         rest = _Rest(budget, len(test) * histories.item_count, 1e-3 * compared)
         report(
             "PREPARING",
             f"{histories.user_count:,} people, {histories.item_count:,} items, {len(histories.item_E):,} events, "
-            f"{attributes.attribute_count:,} attribute values.",
+            f"{attributes.attribute_count:,} attribute values"
+            f"{'' if attributes.content_IC is None else ', content vectors'}.",
             remaining_seconds=rest.while_fitting() + 10.0,
         )
         check()
@@ -292,7 +302,7 @@ def train_model(
         )
 
     frozen_B = None
-    if plan.full_ladder:
+    if plan.frozen_counts:
         frozen_B = rank_by_blend(histories, test, query_BD, contestants_with(terms), exclude)
     # Counts are no weights: like the histories, they are up to date when the test is taken.
     counts.add(histories, split.training_U, split.before_test_U)
@@ -301,7 +311,7 @@ def train_model(
     climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
     best_B20, answered = climb.best_B20, test
     if plan.answer_everyone:
-        answered = everyone(histories)
+        answered = everyone(histories, answered_after_all_U)
         best_B20 = best_items(histories, answered, model.encode(histories, answered), contestants, exclude)
     check()
     label = card.SIMULATION if is_simulated(histories, attributes_of) else ""

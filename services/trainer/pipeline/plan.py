@@ -37,6 +37,8 @@ class Plan:
         split: "leave_one_out" or "global_time".
         full_ladder: measure every baseline; else those that take about a second.
         answer_everyone: rank also for those whose last event is no fair test or was not drawn for it.
+        frozen_counts: rank also with the counts of the training events alone.
+        answered_after_all: people, by their number in the events, who are not tested but answered after all that they did.
     """
 
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -50,6 +52,8 @@ class Plan:
     split: str = "leave_one_out"
     full_ladder: bool = False
     answer_everyone: bool = False
+    frozen_counts: bool = False
+    answered_after_all: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,7 @@ class TrainedModel:
     Attributes:
         best_B20: the blend's answers to the held-out events, item indices, -1 where there are fewer.
         tested: those events; of everybody, where everyone is answered.
-        frozen_rank_B: ranks of the test by the blend with the counts of the training events alone; of a full ladder.
+        frozen_rank_B: ranks of the test by the blend with the counts of the training events alone, where asked for.
         histories: all of the data.
     """
 

@@ -38,7 +38,8 @@ _AVERAGING_PASSES = 3
 class SequenceModel:
     """The tables, the encoder and their optimiser.
 
-    item vector = id embedding + mean of the item's attribute embeddings; input and output of the encoder.
+    item vector = id embedding + mean of the item's attribute embeddings + projected content; input and output of the
+    encoder.
     """
 
     def __init__(self, item_count: int, attributes: ItemAttributes, size: HyperParameters, seed: int) -> None:
@@ -62,6 +63,12 @@ class SequenceModel:
         self.encoder = Encoder(size)
         self.encoder.build()
         self.dense = [variable.value for variable in self.encoder.trainable_variables]
+        self._content_IC = attributes.content_IC
+        if self._content_IC is not None:
+            self._content = tf.constant(self._content_IC)
+            # Drawn last: a model without content is the same whether content could have been.
+            self.projection = table(self._content_IC.shape[1])
+            self.dense.append(self.projection)
         self._tables = [self.id_table, self.attribute_table]
         self._moments = [
             (tf.Variable(tf.zeros_like(v)), tf.Variable(tf.zeros_like(v)))
@@ -130,6 +137,8 @@ class SequenceModel:
                 vector_UD += tf.einsum(
                     "up,upd->ud", attribute_weight_UP, tf.gather(attribute_rows, attribute_place_UP)
                 )
+            if self._content_IC is not None:
+                vector_UD += tf.matmul(tf.gather(self._content, item_U), self.projection)
             query_BTD = self.encoder(
                 tf.gather(vector_UD, input_BT), kind_BT, allowed_within_segments(segment_BT), seed_2
             )
@@ -222,6 +231,8 @@ class SequenceModel:
             weights = self.attribute_weight_IP.numpy()
             for place in range(places.shape[1]):
                 vectors_ID += weights[:, place, None] * table[places[:, place]]
+        if self._content_IC is not None:
+            vectors_ID += self._content_IC @ self.projection.numpy()
         return vectors_ID
 
     def _encode_rows_eagerly(

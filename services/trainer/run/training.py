@@ -59,12 +59,16 @@ def train(work: Work) -> None:
                 code_version=code_version(),
             )
         else:
-            work.report("READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}.")
+            content, of_content = work.read_item_vectors()
+            work.report(
+                "READING", f"{len(events):,} events of {len(events.item_ids):,} items; {known}{of_content}."
+            )
             trained = train_model(
                 events,
                 attributes,
                 size,
                 plan,
+                content=content,
                 model_name=run.model,
                 seed=run.config.seed,
                 report=work.report,

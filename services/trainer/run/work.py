@@ -15,6 +15,7 @@ from services.trainer.clients import CatalogueClient
 from services.trainer.domain.hyper_parameters import HyperParameters, resolve
 from services.trainer.domain.runs import TrainingConfig, TrainingRun
 from services.trainer.pipeline.checkpoint import Checkpoints
+from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.describing import peak_resident_bytes
 from services.trainer.pipeline.log_reader import read_events
@@ -81,6 +82,20 @@ class Work:
         return Checkpoints(
             directory_of(self.settings.home, self.run.run_id), lambda words: self.report("TRAINING", words)
         )
+
+    def read_item_vectors(self) -> tuple[ContentVectors | None, str]:
+        """Returns the vectors that the operator has of items, and what is to be said of them.
+
+        A model can do without: a file that cannot be read costs its vectors, not the run.
+        """
+        path = self.settings.item_vectors_path
+        if path is None:
+            return None, ""
+        try:
+            content = ContentVectors.read(path)
+        except ValueError as error:
+            return None, f"; no item vectors: {error}"
+        return content, f"; vectors of {len(content.item_ids):,} items"
 
     def read_catalogue(self) -> tuple[Mapping[str, Sequence[str]], str]:
         """Returns the attribute values of each item id, and why there are none."""
