@@ -134,6 +134,35 @@ class Model(Protocol):
         """Returns the score of every item, float32, (I,)."""
 
     @property
+    def has_ranker(self) -> bool:
+        """Whether the version has a second stage."""
+
+    @property
+    def outcome_weights(self) -> tuple[float, float, float]:
+        """What a click, a cart addition and a purchase were worth when the second stage was judged."""
+
+    def outcomes(
+        self,
+        history: History,
+        read: ModelHistory,
+        now: float,
+        indices_C: Int64,
+        score_C: Float32,
+        rank_C: Int64,
+        cooccurrence_I: Float32 | None,
+    ) -> Float32:
+        """Returns the probability of a click, a cart addition and a purchase of each candidate, float32, (C, 3).
+
+        Only where `has_ranker`.
+
+        Args:
+            history, read: what the shopper did, and how the model read it.
+            now: seconds since 1970.
+            score_C, rank_C: of the first stage, the best first; ranks from 1.
+            cooccurrence_I: c of every item where it is known.
+        """
+
+    @property
     def is_searched(self) -> bool:
         """Whether there are too many items for a pass over all; then `candidates` finds some thousands."""
 

@@ -32,6 +32,7 @@ Bots fetch pages at machine speed in catalogue order and never buy.
     shoppers   who they are, how they choose   pure
     history    a past of plain browsing  pure
     population the views of very many  pure
+    impressions pages in the order of a recommender, with the truth behind the clicks  pure
     live       visits on a running suite over gRPC
 
 Numbers from here say nothing about people. They are labelled SIMULATION wherever they show.

@@ -157,13 +157,21 @@ def utilities(shop: Shop, crowd: Crowd, rows: Ints, items: Ints) -> Floats:
     return np.where(items == NO_ITEM, -np.inf, value)
 
 
-def look_at_page(rng: np.random.Generator, shop: Shop, crowd: Crowd, rows: Ints, page: Ints) -> Choices:
+def look_at_page(
+    rng: np.random.Generator,
+    shop: Shop,
+    crowd: Crowd,
+    rows: Ints,
+    page: Ints,
+    position_decay: float = POSITION_DECAY,
+) -> Choices:
     """Shows each shopper of `rows` (M, distinct) their row of `page` (M, K) and returns what they do.
 
-    Changes what they have seen, and what they need next.
+    Changes what they have seen, and what they need next. Position k is looked at with probability
+    k**-position_decay.
     """
     count, width = page.shape
-    looked = rng.random((count, width)) < (np.arange(width) + 1.0) ** -POSITION_DECAY
+    looked = rng.random((count, width)) < (np.arange(width) + 1.0) ** -position_decay
     with np.errstate(over="ignore"):
         appeals = rng.random((count, width)) < 1 / (1 + np.exp(-utilities(shop, crowd, rows, page)))
     wanted = looked & appeals & (page != NO_ITEM)

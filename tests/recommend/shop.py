@@ -29,7 +29,10 @@ from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 from services.recommend.__main__ import RecommendService
 from services.recommend.settings import RecommendSettings
-from shared.bundle import Registry, write_bundle
+from shared.bundle import Ranker, Registry, write_bundle
+from shared.bundle.arrays import encode_arrays
+from shared.bundle.ranker import RANKER, RANKER_FORMAT, TASKS
+from shared.bundle.ranker_features import FEATURES
 from shared.bundle.registry import write_atomically
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.channel import open_channel
@@ -57,12 +60,14 @@ def publish(
     max_history: int = MAX_HISTORY,
     further_arrays: dict[str, np.ndarray] | None = None,
     further_scoring: dict[str, float] | None = None,
+    ranker: Ranker | None = None,
 ) -> str:
     """Publishes a bundle with these weights and returns its version.
 
     Args:
         pairs: co-occurrence weights by (earlier item, later item).
         further_arrays, further_scoring: backward counts and attribute factors, and their weights.
+        ranker: the second stage.
     """
     item_count, dimension = vectors_ID.shape
     index_of = {item_id: n for n, item_id in enumerate(item_ids)}
@@ -96,8 +101,14 @@ def publish(
                 "window": 50,
                 **(further_scoring or {}),
             },
+            "ranker": {
+                "format": RANKER_FORMAT,
+                "features": list(FEATURES),
+                "tasks": list(TASKS),
+                "weights": {"click": 1.0, "cart": 0.0, "purchase": 0.0},
+            },
         },
-        attachments={},
+        attachments={} if ranker is None else {RANKER: encode_arrays(ranker.to_arrays())},
         signing_key=read_signing_key(keys),
     )
     if alias:

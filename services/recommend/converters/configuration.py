@@ -132,6 +132,11 @@ class ConfigurationConverter:
         _within(check, "diversity.depth", diversity.depth, 0, 500)
         _within(check, "exploration.slots", message.exploration.slots, 0, 10)
         _within(check, "exploration.probability", message.exploration.probability, 0, 1)
+        second = message.second_stage
+        _within(check, "second_stage.depth", second.depth, 0, 500)
+        weights = (second.click_weight, second.cart_weight, second.purchase_weight)
+        for field, weight in zip(("click_weight", "cart_weight", "purchase_weight"), weights, strict=True):
+            _within(check, f"second_stage.{field}", weight, 0, 1000)
         rule_ids = tuple(check.name(f"rule_ids[{n}]", name, "") for n, name in enumerate(message.rule_ids))
         if len(rule_ids) > MAX_RULES or len(set(rule_ids)) < len(rule_ids) or "" in rule_ids:
             check.wrong("rule_ids", f"must be at most {MAX_RULES} ids, each once, none of them empty")
@@ -167,6 +172,9 @@ class ConfigurationConverter:
             cosine_alpha=alpha,
             exploration_slots=message.exploration.slots,
             exploration_probability=message.exploration.probability,
+            ranks_again=not second.disabled,
+            ranker_depth=second.depth or 100,
+            outcome_weights=weights if any(weights) else None,
             rule_ids=rule_ids,
             model=named["model"],
             model_alias=named["model_alias"],
@@ -341,6 +349,11 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
                 depth=config.diversity_depth,
             )
         )
+    message.second_stage.disabled = not config.ranks_again
+    message.second_stage.depth = config.ranker_depth
+    if config.outcome_weights is not None:
+        second = message.second_stage
+        second.click_weight, second.cart_weight, second.purchase_weight = config.outcome_weights
     _write_time(message.create_time, config.create_time)
     _write_time(message.update_time, config.update_time)
     return message

@@ -10,7 +10,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
 
-from services.recommend.domain.recommendation import Answer, Degradation, Explanation, Freshness, Reason
+from services.recommend.domain.recommendation import (
+    Answer,
+    Degradation,
+    Explanation,
+    Freshness,
+    Reason,
+    SecondStageScore,
+)
 from services.recommend.domain.rehearsal import Rehearsal
 from services.recommend.domain.status import ModelState, ServiceStatus
 from shared.tokens import TokenSigner
@@ -167,10 +174,22 @@ def explanation_of(explanation: Explanation) -> pb.ExplainResponse:
         reasons=[reason_of(reason) for reason in explanation.reasons],
         findings=explanation.findings,
         rule_ids=explanation.rule_ids,
+        second_stage=None if explanation.second_stage is None else _second_stage_of(explanation.second_stage),
         trace=trace_of(answer),
         model=model_info_of(answer),
         degraded=[degradation_of(degradation) for degradation in answer.degraded],
         freshness=freshness_of(answer.freshness),
+    )
+
+
+def _second_stage_of(second: SecondStageScore) -> pb.ExplainResponse.SecondStage:
+    return pb.ExplainResponse.SecondStage(
+        first_stage_score=second.first_stage_score,
+        first_stage_position=second.first_stage_position,
+        position=second.position,
+        click_probability=second.click_probability,
+        cart_probability=second.cart_probability,
+        purchase_probability=second.purchase_probability,
     )
 
 

@@ -76,6 +76,7 @@ class Cause(IntEnum):
     SNAPSHOT_CHANGED = 14
     ITEM_UNKNOWN_TO_MODEL = 15
     NO_PERSONALISATION_CONSENT = 16
+    RANKER_SKIPPED = 17
 
 
 class Verdict(IntEnum):
@@ -260,6 +261,18 @@ class SourceScore:
 
 
 @dataclass(frozen=True, slots=True)
+class SecondStageScore:
+    """What the ranker did to one item; see `ExplainResponse.SecondStage` in the contract."""
+
+    first_stage_score: float
+    first_stage_position: int
+    position: int
+    click_probability: float
+    cart_probability: float
+    purchase_probability: float
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """Why, or why not; see `ExplainResponse` in the contract."""
 
@@ -274,3 +287,4 @@ class Explanation:
     findings: Sequence[str]
     answer: Answer
     rule_ids: Sequence[str] = ()
+    second_stage: SecondStageScore | None = None

@@ -67,6 +67,9 @@ class ServingConfig:
         cosine_alpha: alpha of Scorer.COSINE.
         exploration_slots: how many slots of a page may explore, in [0, 10].
         exploration_probability: with which each of them does, in [0, 1].
+        ranks_again: whether the model's second stage takes part, where it has one.
+        ranker_depth: how many of the best candidates it ranks.
+        outcome_weights: what a click, a cart addition and a purchase are worth to it; None: as it was judged with.
         rule_ids: the rules that apply, in order.
         model, model_alias: which version serves; "" each for the service's own.
         shadow_model_alias: answers beside it and is compared, never shown; "" is none.
@@ -83,6 +86,9 @@ class ServingConfig:
     cosine_alpha: float = 0.5
     exploration_slots: int = 0
     exploration_probability: float = 0.0
+    ranks_again: bool = True
+    ranker_depth: int = 100
+    outcome_weights: tuple[float, float, float] | None = None
     rule_ids: tuple[str, ...] = ()
     model: str = ""
     model_alias: str = ""

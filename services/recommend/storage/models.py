@@ -22,6 +22,8 @@ from services.recommend.ports import CompanionScores, Float32, Int64, ModelHisto
 from services.recommend.storage.search import MOST_EXACT, ApproximateSearch
 from shared.bundle.history import History as BundleHistory
 from shared.bundle.history import encoder_inputs, mark_clean_events
+from shared.bundle.ranker import TASKS
+from shared.bundle.ranker_features import Taste, feature_matrix, taste_of
 from shared.bundle.reader import Bundle, load_bundle
 from shared.bundle.registry import PRODUCTION, Registry
 from shared.bundle.scoring import (
@@ -70,9 +72,59 @@ class BundleModel:
         self.dimension = bundle.dimension
         self.max_history = bundle.max_history
         self.created_time = _timestamp(bundle.manifest.get("created_at"))
+        self._outcome_weights = _outcome_weights(bundle)
         self._search: ApproximateSearch | None = None
         if bundle.item_count > most_exact:
             self._search = ApproximateSearch(self._item_vectors_ID, self._item_bias_I)
+
+    @property
+    def has_ranker(self) -> bool:
+        return self._bundle.ranker is not None
+
+    @property
+    def outcome_weights(self) -> tuple[float, float, float]:
+        return self._outcome_weights
+
+    def outcomes(
+        self,
+        history: History,
+        read: ModelHistory,
+        now: float,
+        indices_C: Int64,
+        score_C: Float32,
+        rank_C: Int64,
+        cooccurrence_I: Float32 | None,
+    ) -> Float32:
+        ranker = self._bundle.ranker
+        assert ranker is not None
+        taste: Taste = history.derived(
+            "taste",
+            self._token,
+            lambda: taste_of(ranker.items, read.indices_H, read.kinds_H, history.times_N[read.places_H]),
+        )
+        if cooccurrence_I is not None:
+            c_C = cooccurrence_I[indices_C]
+        else:
+            together_M, c_M = cooccurrence_neighbours(self._matrix, read.indices_H, self._bundle.scoring)
+            c_C = np.zeros(len(indices_C), np.float32)
+            if len(together_M):
+                place_C = np.minimum(np.searchsorted(together_M, indices_C), len(together_M) - 1)
+                hit_C = together_M[place_C] == indices_C
+                c_C[hit_C] = c_M[place_C[hit_C]]
+        newest = read.indices_H[-1:]
+        cosine_C = self.unit_vectors(indices_C) @ self.unit_vectors(newest)[0]
+        features_CF = feature_matrix(
+            ranker.items,
+            taste,
+            now,
+            indices_C,
+            score_C,
+            float(score_C[0]),
+            rank_C,
+            self.damped(c_C),
+            cosine_C,
+        )
+        return ranker.probabilities(features_CF)
 
     @property
     def is_searched(self) -> bool:
@@ -187,6 +239,13 @@ class BundleModel:
         if companion.content_I is not None:
             score_I += companion.content_I
         return score_I
+
+
+def _outcome_weights(bundle: Bundle) -> tuple[float, float, float]:
+    described = bundle.manifest.get("ranker") if bundle.ranker is not None else None
+    weights = described.get("weights", {}) if isinstance(described, dict) else {}
+    click, cart, purchase = (float(weights.get(task, 1.0)) for task in TASKS)
+    return click, cart, purchase
 
 
 class ModelWatcher:

@@ -12,6 +12,7 @@ from services.recommend.domain.recommendation import (
     Explanation,
     Query,
     Reason,
+    SecondStageScore,
     Source,
     SourceScore,
     Verdict,
@@ -86,6 +87,7 @@ class Explainer:
             findings=(),
             answer=answer,
             rule_ids=ranking.plan.rules_of(row) if ranking.plan is not None else (),
+            second_stage=_second_stage(ranking, row),
         )
         return replace(explanation, findings=_findings(explanation, len(selection.rows_K)))
 
@@ -118,6 +120,28 @@ def _rank(score_R: Float32, eligible_R: npt.NDArray[np.bool_], row: int) -> int:
     return int(better + equal) + 1
 
 
+def _second_stage(ranking: Ranking, row: int) -> SecondStageScore | None:
+    """Returns what the ranker did to an item; None where it did nothing."""
+    second = ranking.scores.second
+    place = None if second is None else second.place_of(row)
+    if second is None or place is None:
+        return None
+    score_C = ranking.scores.score_R[second.rows_C]
+    click, cart, purchase = second.outcomes_CT[place].tolist()
+    offset = ranking.query.page.offset
+    position = offset + 1 + int(np.count_nonzero(score_C > score_C[place]))
+    return SecondStageScore(float(second.first_C[place]), offset + place + 1, position, click, cart, purchase)
+
+
+def _first_score(ranking: Ranking, row: int) -> float:
+    """Returns the score that the sources make, before the second stage."""
+    second = ranking.scores.second
+    place = None if second is None else second.place_of(row)
+    if second is None or place is None:
+        return float(ranking.scores.score_R[row])
+    return float(second.first_C[place])
+
+
 def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
     world, scores = ranking.world, ranking.scores
     model = world.model
@@ -129,7 +153,7 @@ def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
             counted = float(companion.counted_I[index])
             content_I = companion.content_I
             if scores.logits_I is not None:
-                alone = float(scores.score_R[row]) - counted
+                alone = _first_score(ranking, row) - counted
                 alone -= 0.0 if content_I is None else float(content_I[index])
                 found.append(_entry(Source.SEQUENCE, scores.logits_I, index, alone))
             found.append(_entry(Source.COOCCURRENCE, companion.cooccurrence_I, index, counted))
@@ -186,5 +210,11 @@ def _findings(explanation: Explanation, page_size: int) -> list[str]:
         )
     if explanation.rule_ids:
         findings.append(f"Rules that moved or removed it: {', '.join(explanation.rule_ids)}.")
+    if second := explanation.second_stage:
+        findings.append(
+            f"The second stage expects a click with {second.click_probability:.2%}, a cart addition with "
+            f"{second.cart_probability:.2%} and a purchase with {second.purchase_probability:.2%}: position "
+            f"{second.first_stage_position} by the first stage became {second.position}."
+        )
     findings += [f"{reason.text} (adds {reason.contribution:.3g})." for reason in explanation.reasons]
     return findings

@@ -28,6 +28,7 @@ from services.recommend.use_cases.stages.explain import explain_page
 from services.recommend.use_cases.stages.history import read_history
 from services.recommend.use_cases.stages.judge import judge_items
 from services.recommend.use_cases.stages.score import Scoring
+from services.recommend.use_cases.stages.second import rank_again
 from services.recommend.use_cases.world import Worlds
 from shared.experiments import assign
 
@@ -182,6 +183,9 @@ class Recommender:
         ranking.degraded += scores.degraded
         scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
         mark = ranking.mark("score", mark, eligible, scored)
+
+        if ranked_again := rank_again(ranking):
+            mark = ranking.mark("second_stage", mark, ranked_again, ranked_again)
 
         ranking.selection = self._choosing.choose(ranking)
         mark = ranking.mark("rank", mark, scored, len(ranking.selection.rows_K))

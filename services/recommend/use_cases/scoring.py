@@ -23,6 +23,26 @@ SIMILAR_COOCCURRENCE_WEIGHT = 0.5
 """Weight of log-damped co-occurrence beside the cosine, item to item."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SecondStage:
+    """What the ranker found of the best candidates of the first stage.
+
+    Attributes:
+        rows_C: rows, best of the first stage first.
+        first_C: their scores before.
+        outcomes_CT: calibrated probabilities of a click, a cart addition and a purchase at position 1, (C, 3).
+    """
+
+    rows_C: npt.NDArray[np.int32]
+    first_C: Float32
+    outcomes_CT: Float32
+
+    def place_of(self, row: int) -> int | None:
+        """Returns the place of a row by the first stage, from 0; None where it was not among them."""
+        places = np.flatnonzero(self.rows_C == row)
+        return int(places[0]) if len(places) else None
+
+
 @dataclass(slots=True)
 class Scores:
     """What a scorer found.
@@ -39,6 +59,7 @@ class Scores:
         cooccurrence_I: what was counted, item to item.
         seed_indices: the model's indices of the items that the question is about.
         purchases: of BUY_AGAIN.
+        second: what the ranker did to `score_R`; None where none took part.
         degraded: what it went without.
     """
 
@@ -53,6 +74,7 @@ class Scores:
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     purchases: Purchases | None = None
+    second: SecondStage | None = None
     degraded: list[Degradation] = field(default_factory=list)
 
 

@@ -821,6 +821,46 @@ class ExplainResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SecondStage(_message.Message):
+        """What the second stage did to the item."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FIRST_STAGE_SCORE_FIELD_NUMBER: _builtins.int
+        FIRST_STAGE_POSITION_FIELD_NUMBER: _builtins.int
+        POSITION_FIELD_NUMBER: _builtins.int
+        CLICK_PROBABILITY_FIELD_NUMBER: _builtins.int
+        CART_PROBABILITY_FIELD_NUMBER: _builtins.int
+        PURCHASE_PROBABILITY_FIELD_NUMBER: _builtins.int
+        first_stage_score: _builtins.float
+        """The score of the first stage, which the sources' contributions add up to."""
+        first_stage_position: _builtins.int
+        """The position by the first stage, counted from 1."""
+        position: _builtins.int
+        """The position by the second stage, before diversity and rules."""
+        click_probability: _builtins.float
+        """The probability of a click were the item shown at the first position."""
+        cart_probability: _builtins.float
+        """The probability that it is put into the cart, likewise."""
+        purchase_probability: _builtins.float
+        """The probability that it is bought, likewise."""
+        def __init__(
+            self,
+            *,
+            first_stage_score: _builtins.float = ...,
+            first_stage_position: _builtins.int = ...,
+            position: _builtins.int = ...,
+            click_probability: _builtins.float = ...,
+            cart_probability: _builtins.float = ...,
+            purchase_probability: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["cart_probability", b"cart_probability", "click_probability", b"click_probability", "first_stage_position", b"first_stage_position", "first_stage_score", b"first_stage_score", "position", b"position", "purchase_probability", b"purchase_probability"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RECOMMENDED_FIELD_NUMBER: _builtins.int
     POSITION_FIELD_NUMBER: _builtins.int
     POSITION_BY_SCORE_FIELD_NUMBER: _builtins.int
@@ -835,6 +875,7 @@ class ExplainResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     FRESHNESS_FIELD_NUMBER: _builtins.int
+    SECOND_STAGE_FIELD_NUMBER: _builtins.int
     recommended: _builtins.bool
     """Whether the item is on the first page of the answer."""
     position: _builtins.int
@@ -893,6 +934,12 @@ class ExplainResponse(_message.Message):
     def freshness(self) -> _recommendation_pb2.Freshness:
         """How fresh the data are."""
 
+    @_builtins.property
+    def second_stage(self) -> Global___ExplainResponse.SecondStage:
+        """What the second stage did to the item. Not set: it took no part, or the item
+        is not among those that it orders.
+        """
+
     def __init__(
         self,
         *,
@@ -910,10 +957,11 @@ class ExplainResponse(_message.Message):
         model: _recommendation_pb2.ModelInfo | None = ...,
         degraded: _abc.Iterable[_recommendation_pb2.Degradation] | None = ...,
         freshness: _recommendation_pb2.Freshness | None = ...,
+        second_stage: Global___ExplainResponse.SecondStage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["freshness", b"freshness", "model", b"model", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["freshness", b"freshness", "model", b"model", "second_stage", b"second_stage", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "findings", b"findings", "freshness", b"freshness", "model", b"model", "page_threshold_score", b"page_threshold_score", "position", b"position", "position_by_score", b"position_by_score", "reasons", b"reasons", "recommended", b"recommended", "rule_ids", b"rule_ids", "score", b"score", "source_scores", b"source_scores", "trace", b"trace", "verdicts", b"verdicts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "findings", b"findings", "freshness", b"freshness", "model", b"model", "page_threshold_score", b"page_threshold_score", "position", b"position", "position_by_score", b"position_by_score", "reasons", b"reasons", "recommended", b"recommended", "rule_ids", b"rule_ids", "score", b"score", "second_stage", b"second_stage", "source_scores", b"source_scores", "trace", b"trace", "verdicts", b"verdicts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

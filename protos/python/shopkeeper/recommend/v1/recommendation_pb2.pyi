@@ -474,6 +474,10 @@ class Degradation(_message.Message):
         """
         CAUSE_NO_PERSONALISATION_CONSENT: Degradation._Cause.ValueType  # 16
         """The shopper's consent does not allow personal recommendations."""
+        CAUSE_RANKER_SKIPPED: Degradation._Cause.ValueType  # 17
+        """The second stage was left out to keep the deadline, or found nothing to go
+        by: the order is that of the first.
+        """
 
     class Cause(_Cause, metaclass=_CauseEnumTypeWrapper):
         """What went missing."""
@@ -526,6 +530,10 @@ class Degradation(_message.Message):
     """
     CAUSE_NO_PERSONALISATION_CONSENT: Degradation.Cause.ValueType  # 16
     """The shopper's consent does not allow personal recommendations."""
+    CAUSE_RANKER_SKIPPED: Degradation.Cause.ValueType  # 17
+    """The second stage was left out to keep the deadline, or found nothing to go
+    by: the order is that of the first.
+    """
 
     CAUSE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int

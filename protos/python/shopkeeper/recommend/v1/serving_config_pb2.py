@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shopkeeper.recommend.v1 import recommendation_pb2 as shopkeeper_dot_recommend_dot_v1_dot_recommendation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,shopkeeper/recommend/v1/serving_config.proto\x12\x17shopkeeper.recommend.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a,shopkeeper/recommend/v1/recommendation.proto\"\xf9\x06\n\rServingConfig\x12\x1f\n\x11serving_config_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x1a\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x43\n\x06scorer\x18\x03 \x01(\x0e\x32-.shopkeeper.recommend.v1.ServingConfig.ScorerB\x04\xe2\x41\x01\x01\x12<\n\x07sources\x18\x04 \x03(\x0b\x32%.shopkeeper.recommend.v1.SourceWeightB\x04\xe2\x41\x01\x01\x12\x1f\n\x0c\x63osine_alpha\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12;\n\tdiversity\x18\x06 \x01(\x0b\x32\".shopkeeper.recommend.v1.DiversityB\x04\xe2\x41\x01\x01\x12?\n\x0b\x65xploration\x18\x07 \x01(\x0b\x32$.shopkeeper.recommend.v1.ExplorationB\x04\xe2\x41\x01\x01\x12\x16\n\x08rule_ids\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12J\n\x12placement_policies\x18\t \x03(\x0b\x32(.shopkeeper.recommend.v1.PlacementPolicyB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\n \x01(\tB\x04\xe2\x41\x01\x01\x12\x19\n\x0bmodel_alias\x18\x0b \x01(\tB\x04\xe2\x41\x01\x01\x12 \n\x12shadow_model_alias\x18\x0c \x01(\tB\x04\xe2\x41\x01\x01\x12\x16\n\x08\x62uilt_in\x18\r \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x15\n\x07version\x18\x0e \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\x0f \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"\x90\x01\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCORER_BLENDED\x10\x01\x12\x15\n\x11SCORER_POPULARITY\x10\x02\x12\x11\n\rSCORER_COSINE\x10\x03\x12\x17\n\x13SCORER_ITEM_TO_ITEM\x10\x04\x12\x17\n\x13SCORER_WEIGHTED_SUM\x10\x05\x42\x0f\n\r_cosine_alpha\"\x83\x01\n\x0cSourceWeight\x12>\n\x06source\x18\x01 \x01(\x0e\x32(.shopkeeper.recommend.v1.CandidateSourceB\x04\xe2\x41\x01\x02\x12\x14\n\x06weight\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\x12\x1d\n\x0f\x63\x61ndidate_limit\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\"\xcd\x01\n\tDiversity\x12\x45\n\talgorithm\x18\x01 \x01(\x0e\x32,.shopkeeper.recommend.v1.Diversity.AlgorithmB\x04\xe2\x41\x01\x01\x12\x16\n\x08strength\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12\x13\n\x05\x64\x65pth\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\"L\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x11\n\rALGORITHM_MMR\x10\x01\x12\x11\n\rALGORITHM_DPP\x10\x02\"=\n\x0b\x45xploration\x12\x13\n\x05slots\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bprobability\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x01\"\xdd\x01\n\x0fPlacementPolicy\x12\x17\n\tplacement\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1b\n\rexclude_owned\x18\x02 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0f\x65xclude_in_cart\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\"\n\x14\x65xclude_out_of_stock\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1a\n\x0cunseen_first\x18\x07 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1f\n\x11\x64\x65\x66\x61ult_page_size\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,shopkeeper/recommend/v1/serving_config.proto\x12\x17shopkeeper.recommend.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a,shopkeeper/recommend/v1/recommendation.proto\"\xbb\x07\n\rServingConfig\x12\x1f\n\x11serving_config_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x1a\n\x0c\x64isplay_name\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x43\n\x06scorer\x18\x03 \x01(\x0e\x32-.shopkeeper.recommend.v1.ServingConfig.ScorerB\x04\xe2\x41\x01\x01\x12<\n\x07sources\x18\x04 \x03(\x0b\x32%.shopkeeper.recommend.v1.SourceWeightB\x04\xe2\x41\x01\x01\x12\x1f\n\x0c\x63osine_alpha\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12;\n\tdiversity\x18\x06 \x01(\x0b\x32\".shopkeeper.recommend.v1.DiversityB\x04\xe2\x41\x01\x01\x12?\n\x0b\x65xploration\x18\x07 \x01(\x0b\x32$.shopkeeper.recommend.v1.ExplorationB\x04\xe2\x41\x01\x01\x12\x16\n\x08rule_ids\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12J\n\x12placement_policies\x18\t \x03(\x0b\x32(.shopkeeper.recommend.v1.PlacementPolicyB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\n \x01(\tB\x04\xe2\x41\x01\x01\x12\x19\n\x0bmodel_alias\x18\x0b \x01(\tB\x04\xe2\x41\x01\x01\x12 \n\x12shadow_model_alias\x18\x0c \x01(\tB\x04\xe2\x41\x01\x01\x12\x16\n\x08\x62uilt_in\x18\r \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x15\n\x07version\x18\x0e \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\x0f \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12@\n\x0csecond_stage\x18\x12 \x01(\x0b\x32$.shopkeeper.recommend.v1.SecondStageB\x04\xe2\x41\x01\x01\"\x90\x01\n\x06Scorer\x12\x16\n\x12SCORER_UNSPECIFIED\x10\x00\x12\x12\n\x0eSCORER_BLENDED\x10\x01\x12\x15\n\x11SCORER_POPULARITY\x10\x02\x12\x11\n\rSCORER_COSINE\x10\x03\x12\x17\n\x13SCORER_ITEM_TO_ITEM\x10\x04\x12\x17\n\x13SCORER_WEIGHTED_SUM\x10\x05\x42\x0f\n\r_cosine_alpha\"\x90\x01\n\x0bSecondStage\x12\x16\n\x08\x64isabled\x18\x01 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x13\n\x05\x64\x65pth\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x1a\n\x0c\x63lick_weight\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0b\x63\x61rt_weight\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0fpurchase_weight\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x01\"\x83\x01\n\x0cSourceWeight\x12>\n\x06source\x18\x01 \x01(\x0e\x32(.shopkeeper.recommend.v1.CandidateSourceB\x04\xe2\x41\x01\x02\x12\x14\n\x06weight\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x02\x12\x1d\n\x0f\x63\x61ndidate_limit\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\"\xcd\x01\n\tDiversity\x12\x45\n\talgorithm\x18\x01 \x01(\x0e\x32,.shopkeeper.recommend.v1.Diversity.AlgorithmB\x04\xe2\x41\x01\x01\x12\x16\n\x08strength\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x01\x12\x13\n\x05\x64\x65pth\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\"L\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x11\n\rALGORITHM_MMR\x10\x01\x12\x11\n\rALGORITHM_DPP\x10\x02\"=\n\x0b\x45xploration\x12\x13\n\x05slots\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bprobability\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x01\"\xdd\x01\n\x0fPlacementPolicy\x12\x17\n\tplacement\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x1b\n\rexclude_owned\x18\x02 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0f\x65xclude_in_cart\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\"\n\x14\x65xclude_out_of_stock\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1a\n\x0cunseen_first\x18\x07 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1f\n\x11\x64\x65\x66\x61ult_page_size\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -68,6 +68,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SERVINGCONFIG'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
   _globals['_SERVINGCONFIG'].fields_by_name['update_time']._loaded_options = None
   _globals['_SERVINGCONFIG'].fields_by_name['update_time']._serialized_options = b'\342A\001\003'
+  _globals['_SERVINGCONFIG'].fields_by_name['second_stage']._loaded_options = None
+  _globals['_SERVINGCONFIG'].fields_by_name['second_stage']._serialized_options = b'\342A\001\001'
+  _globals['_SECONDSTAGE'].fields_by_name['disabled']._loaded_options = None
+  _globals['_SECONDSTAGE'].fields_by_name['disabled']._serialized_options = b'\342A\001\001'
+  _globals['_SECONDSTAGE'].fields_by_name['depth']._loaded_options = None
+  _globals['_SECONDSTAGE'].fields_by_name['depth']._serialized_options = b'\342A\001\001'
+  _globals['_SECONDSTAGE'].fields_by_name['click_weight']._loaded_options = None
+  _globals['_SECONDSTAGE'].fields_by_name['click_weight']._serialized_options = b'\342A\001\001'
+  _globals['_SECONDSTAGE'].fields_by_name['cart_weight']._loaded_options = None
+  _globals['_SECONDSTAGE'].fields_by_name['cart_weight']._serialized_options = b'\342A\001\001'
+  _globals['_SECONDSTAGE'].fields_by_name['purchase_weight']._loaded_options = None
+  _globals['_SECONDSTAGE'].fields_by_name['purchase_weight']._serialized_options = b'\342A\001\001'
   _globals['_SOURCEWEIGHT'].fields_by_name['source']._loaded_options = None
   _globals['_SOURCEWEIGHT'].fields_by_name['source']._serialized_options = b'\342A\001\002'
   _globals['_SOURCEWEIGHT'].fields_by_name['weight']._loaded_options = None
@@ -99,17 +111,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PLACEMENTPOLICY'].fields_by_name['default_page_size']._loaded_options = None
   _globals['_PLACEMENTPOLICY'].fields_by_name['default_page_size']._serialized_options = b'\342A\001\001'
   _globals['_SERVINGCONFIG']._serialized_start=186
-  _globals['_SERVINGCONFIG']._serialized_end=1075
-  _globals['_SERVINGCONFIG_SCORER']._serialized_start=914
-  _globals['_SERVINGCONFIG_SCORER']._serialized_end=1058
-  _globals['_SOURCEWEIGHT']._serialized_start=1078
-  _globals['_SOURCEWEIGHT']._serialized_end=1209
-  _globals['_DIVERSITY']._serialized_start=1212
-  _globals['_DIVERSITY']._serialized_end=1417
-  _globals['_DIVERSITY_ALGORITHM']._serialized_start=1341
-  _globals['_DIVERSITY_ALGORITHM']._serialized_end=1417
-  _globals['_EXPLORATION']._serialized_start=1419
-  _globals['_EXPLORATION']._serialized_end=1480
-  _globals['_PLACEMENTPOLICY']._serialized_start=1483
-  _globals['_PLACEMENTPOLICY']._serialized_end=1704
+  _globals['_SERVINGCONFIG']._serialized_end=1141
+  _globals['_SERVINGCONFIG_SCORER']._serialized_start=980
+  _globals['_SERVINGCONFIG_SCORER']._serialized_end=1124
+  _globals['_SECONDSTAGE']._serialized_start=1144
+  _globals['_SECONDSTAGE']._serialized_end=1288
+  _globals['_SOURCEWEIGHT']._serialized_start=1291
+  _globals['_SOURCEWEIGHT']._serialized_end=1422
+  _globals['_DIVERSITY']._serialized_start=1425
+  _globals['_DIVERSITY']._serialized_end=1630
+  _globals['_DIVERSITY_ALGORITHM']._serialized_start=1554
+  _globals['_DIVERSITY_ALGORITHM']._serialized_end=1630
+  _globals['_EXPLORATION']._serialized_start=1632
+  _globals['_EXPLORATION']._serialized_end=1693
+  _globals['_PLACEMENTPOLICY']._serialized_start=1696
+  _globals['_PLACEMENTPOLICY']._serialized_end=1917
 # @@protoc_insertion_point(module_scope)

@@ -95,6 +95,7 @@ class ServingConfig(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    SECOND_STAGE_FIELD_NUMBER: _builtins.int
     serving_config_id: _builtins.str
     """The id: 1 to 63 characters of ^[a-z][a-z0-9_-]*$. Set by `CreateServingConfig`."""
     display_name: _builtins.str
@@ -151,6 +152,12 @@ class ServingConfig(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it was changed last. Not set for built-in ones."""
 
+    @_builtins.property
+    def second_stage(self) -> Global___SecondStage:
+        """The second stage, of models that have one. Not set: it takes part, as it was
+        judged.
+        """
+
     def __init__(
         self,
         *,
@@ -171,16 +178,60 @@ class ServingConfig(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        second_stage: Global___SecondStage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine_alpha", b"_cosine_alpha", "cosine_alpha", b"cosine_alpha", "create_time", b"create_time", "diversity", b"diversity", "exploration", b"exploration", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cosine_alpha", b"_cosine_alpha", "cosine_alpha", b"cosine_alpha", "create_time", b"create_time", "diversity", b"diversity", "exploration", b"exploration", "second_stage", b"second_stage", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine_alpha", b"_cosine_alpha", "built_in", b"built_in", "cosine_alpha", b"cosine_alpha", "create_time", b"create_time", "display_name", b"display_name", "diversity", b"diversity", "etag", b"etag", "exploration", b"exploration", "model", b"model", "model_alias", b"model_alias", "placement_policies", b"placement_policies", "rule_ids", b"rule_ids", "scorer", b"scorer", "serving_config_id", b"serving_config_id", "shadow_model_alias", b"shadow_model_alias", "sources", b"sources", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cosine_alpha", b"_cosine_alpha", "built_in", b"built_in", "cosine_alpha", b"cosine_alpha", "create_time", b"create_time", "display_name", b"display_name", "diversity", b"diversity", "etag", b"etag", "exploration", b"exploration", "model", b"model", "model_alias", b"model_alias", "placement_policies", b"placement_policies", "rule_ids", b"rule_ids", "scorer", b"scorer", "second_stage", b"second_stage", "serving_config_id", b"serving_config_id", "shadow_model_alias", b"shadow_model_alias", "sources", b"sources", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cosine_alpha: _TypeAlias = _typing.Literal["cosine_alpha"]  # noqa: Y015
     _WhichOneofArgType__cosine_alpha: _TypeAlias = _typing.Literal["_cosine_alpha", b"_cosine_alpha"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cosine_alpha) -> _WhichOneofReturnType__cosine_alpha | None: ...
 
 Global___ServingConfig: _TypeAlias = ServingConfig  # noqa: Y015
+
+@_typing.final
+class SecondStage(_message.Message):
+    """How the model's second stage takes part: it orders the best candidates of
+    `SCORER_BLENDED` by what the shopper is expected to do with them. A model goes
+    without one where too little was logged or it did not beat the first stage.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISABLED_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    CLICK_WEIGHT_FIELD_NUMBER: _builtins.int
+    CART_WEIGHT_FIELD_NUMBER: _builtins.int
+    PURCHASE_WEIGHT_FIELD_NUMBER: _builtins.int
+    disabled: _builtins.bool
+    """Whether it is left out, for the order of the first stage."""
+    depth: _builtins.int
+    """How many of the best candidates it orders, in [1, 500]. Defaults to 100."""
+    click_weight: _builtins.float
+    """What a click is worth, finite, in [0, 1000]. Where all three weights are 0,
+    those that the stage was judged with count.
+    """
+    cart_weight: _builtins.float
+    """What a cart addition is worth beside the click before it, in [0, 1000]."""
+    purchase_weight: _builtins.float
+    """What a purchase is worth beside what came before it, in [0, 1000]."""
+    def __init__(
+        self,
+        *,
+        disabled: _builtins.bool = ...,
+        depth: _builtins.int = ...,
+        click_weight: _builtins.float = ...,
+        cart_weight: _builtins.float = ...,
+        purchase_weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cart_weight", b"cart_weight", "click_weight", b"click_weight", "depth", b"depth", "disabled", b"disabled", "purchase_weight", b"purchase_weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecondStage: _TypeAlias = SecondStage  # noqa: Y015
 
 @_typing.final
 class SourceWeight(_message.Message):
