@@ -43,9 +43,11 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
     # What runs in a training process of its own: the only code that imports TensorFlow.
     "trainer": {
         "pipeline": {"domain"},
-        "run": {"pipeline", "privacy", "domain", "ports", "storage", "clients", "supervisor", "settings"},
+        "run": {"pipeline", "privacy", "ranker", "domain", "ports", "storage", "clients", "supervisor", "settings"},
         # Differential privacy: the part of a run that knows of it, and its ledger.
         "privacy": {"pipeline", "domain", "ports"},
+        # The second stage, trained on what was shown.
+        "ranker": {"pipeline", "domain"},
         # Starts and watches those processes.
         "supervisor": {"domain", "ports", "settings", "storage"},
         # Starts runs by the clock and on drift.

@@ -127,16 +127,18 @@ def lead_over(
 
 
 def ndcg_of_order(score_N: npt.NDArray[np.floating], gain_N: Float, page_N: Int64, k: int = 10) -> float:
-    """Returns the mean NDCG@k over the pages on which something was earned; gain linear, discount 1 / log2(1 + rank)."""
+    """Returns NDCG@k over all pages: what was gained at 1 / log2(1 + rank), over the most that could have been.
+
+    Pages are summed before they are divided: where gains are weighted for where they were made, a page counts for
+    its weight, which a mean of quotients would cancel.
+    """
     _, place_N = np.unique(page_N, return_inverse=True)
 
-    def dcg(by: npt.NDArray[np.floating]) -> Float:
+    def dcg(by: npt.NDArray[np.floating]) -> float:
         order = np.lexsort((-by, place_N))
         starts = np.flatnonzero(np.diff(place_N[order], prepend=-1))
         rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
-        discount = np.where(rank < k, 1 / np.log2(rank + 2), 0.0)
-        return np.asarray(np.bincount(place_N[order], gain_N[order] * discount), np.float64)
+        return float(gain_N[order] @ np.where(rank < k, 1 / np.log2(rank + 2), 0.0))
 
-    best_P = dcg(gain_N)
-    paid = best_P > 0
-    return float((dcg(score_N)[paid] / best_P[paid]).mean()) if paid.any() else 0.0
+    best = dcg(gain_N)
+    return dcg(score_N) / best if best > 0 else 0.0
