@@ -43,7 +43,17 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
     # What runs in a training process of its own: the only code that imports TensorFlow.
     "trainer": {
         "pipeline": {"domain"},
-        "run": {"pipeline", "privacy", "ranker", "domain", "ports", "storage", "clients", "supervisor", "settings"},
+        "run": {
+            "pipeline",
+            "privacy",
+            "ranker",
+            "domain",
+            "ports",
+            "storage",
+            "clients",
+            "supervisor",
+            "settings",
+        },
         # Differential privacy: the part of a run that knows of it, and its ledger.
         "privacy": {"pipeline", "domain", "ports"},
         # The second stage, trained on what was shown.
