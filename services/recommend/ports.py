@@ -127,6 +127,12 @@ class Model(Protocol):
     def counted_losses(self, history: ModelHistory, indices_C: Int64) -> Float32:
         """Returns by how much counts and repeats would add less without each event, float32, (C, H)."""
 
+    def candidate_logits(self, queries_QD: Float32, indices_C: Int64) -> Float32:
+        """Returns the logits of some items for several queries, float32, (Q, C)."""
+
+    def added_without(self, history: ModelHistory, places_E: Int64, indices_C: Int64) -> Float32:
+        """Returns what would be added to some items' log-softmax without each of some events, float32, (E, C)."""
+
     def damped(self, c: Float32) -> Float32:
         """Returns log(1 + scale * c), without the weight of the blend."""
 

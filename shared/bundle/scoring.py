@@ -212,7 +212,8 @@ class Companion:
         query_R = self.attribute_query(history_H)
         if query_R is None or self.attribute_keys_IR is None:
             return None
-        content_I: Float32 = self.attribute_keys_IR @ query_R
+        # `dot` and not `@`, which takes half as long again for a matrix and a vector.
+        content_I: Float32 = np.dot(self.attribute_keys_IR, query_R)
         return content_I
 
     def added(self, history_H: Int64) -> Float32:

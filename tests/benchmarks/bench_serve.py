@@ -58,6 +58,9 @@ DIMENSION = 64
 MAX_HISTORY = 64
 NEIGHBOURS = 50
 LARGE_NEIGHBOURS = 10
+ATTRIBUTE_RANK = 64
+MOST_ATTRIBUTED = 1_000_000
+"""Items up to which the bundle has attribute factors, as wide as the trainer's."""
 EVENTS = 40
 PAGE_SIZE = 20
 SHOPPERS = 200
@@ -115,25 +118,38 @@ def publish(home: Path, items: int) -> str:
         piece_ND += centres[random.integers(0, len(centres), len(piece_ND))]
         piece_ND /= 4
     neighbours = NEIGHBOURS if items <= LARGE else LARGE_NEIGHBOURS
-    neighbours_IN = random.integers(0, items, (items, neighbours), dtype=np.int32)
-    neighbours_IN.sort(axis=1)
+    arrays = {
+        "item_vectors": vectors_ID,
+        "item_bias": np.zeros(items, np.float32),
+        "popularity": (1e4 / np.arange(1, items + 1)).astype(np.float32),
+    }
+    for matrix in ("cooccurrence", "backward"):
+        columns_IN = random.integers(0, items, (items, neighbours), dtype=np.int32)
+        columns_IN.sort(axis=1)
+        arrays[f"{matrix}_indptr"] = np.arange(items + 1, dtype=np.int64) * neighbours
+        arrays[f"{matrix}_indices"] = columns_IN.ravel()
+        arrays[f"{matrix}_weights"] = random.random(items * neighbours, dtype=np.float32) / neighbours
+    if items <= MOST_ATTRIBUTED:
+        for factors in ("attribute_queries", "attribute_keys"):
+            arrays[factors] = 0.3 * random.standard_normal((items, ATTRIBUTE_RANK), dtype=np.float32)
     encoder_bytes, name = encoder_of(home)
     version = write_bundle(
         Registry(home / "registry"),
         "main",
-        arrays={
-            "item_vectors": vectors_ID,
-            "item_bias": np.zeros(items, np.float32),
-            "popularity": (1e4 / np.arange(1, items + 1)).astype(np.float32),
-            "cooccurrence_indptr": np.arange(items + 1, dtype=np.int64) * neighbours,
-            "cooccurrence_indices": neighbours_IN.ravel(),
-            "cooccurrence_weights": random.random(items * neighbours, dtype=np.float32) / neighbours,
-        },
+        arrays=arrays,
         vocabulary=[item_id(number) for number in range(items)],
         encoder_bytes=encoder_bytes,
         manifest_fields={
             "encoder": {"max_history": MAX_HISTORY, "dimension": DIMENSION},
-            "scoring": {"lambda": 0.5, "scale": 30.0, "query_decay": 0.6065, "window": 50},
+            "scoring": {
+                "lambda": 0.5,
+                "scale": 30.0,
+                "query_decay": 0.6065,
+                "window": 50,
+                "sequence": 0.9,
+                "backward": 0.3,
+                "repeat": -0.4,
+            },
         },
         attachments={},
         signing_key=read_signing_key(home / "keys"),

@@ -123,20 +123,17 @@ def _occlude(
     """Returns by how much each item's score falls without each of the last events, (E, C), and their places."""
     assert scores.query_D is not None
     places = list(range(max(0, len(read) - OCCLUDED_EVENTS), len(read)))
-    histories = [read, *(read.without(place) for place in places)]
     # Without any event the query is zero, and what is left is the items' bias.
     nothing_D = np.zeros(model.dimension, np.float32)
+    shorter = [read.without(place) for place in places]
     queries_QD = np.stack(
-        [scores.query_D, *(model.encode(rest) if len(rest) else nothing_D for rest in histories[1:])]
+        [scores.query_D, *(model.encode(rest) if len(rest) else nothing_D for rest in shorter)]
     )
     partition_Q = model.log_partitions(queries_QD)
-    score_QC = np.stack(
-        [
-            model.score_candidates(query_D, history, indices_C, float(partition))
-            for query_D, history, partition in zip(queries_QD, histories, partition_Q, strict=True)
-        ]
-    )
-    return score_QC[0] - score_QC[1:], places
+    whole_C = model.score_candidates(scores.query_D, read, indices_C, float(partition_Q[0]))
+    without_EC = model.candidate_logits(queries_QD[1:], indices_C) - partition_Q[1:, None]
+    without_EC += model.added_without(read, np.array(places), indices_C)
+    return whole_C - without_EC, places
 
 
 def _item_to_item_reasons(
