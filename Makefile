@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-quality bench-peers verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-quality bench-peers verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -64,8 +64,14 @@ verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are k
 verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and without admission control
 	python -m tests.benchmarks.bench_overload
 
-bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue are (EVENTS=1000000)
-	python -m tests.benchmarks.bench_profile --events $(or $(EVENTS),1000000)
+bench-profile: $(INSTALLED)  ## How fast portraits, rebuilds and the catalogue are (EVENTS=1000000, USERS=1000000)
+	python -m tests.benchmarks.bench_profile --events $(or $(EVENTS),1000000) $(if $(USERS),--hot $(USERS))
+
+verify-portraits: $(INSTALLED)  ## 10,000 permuted and duplicated histories, folded to identical portraits
+	SHOPKEEPER_PERMUTED_HISTORIES=10000 pytest -q -s --timeout 1800 tests/profile/test_portrait.py -k identical_portraits
+
+bench-encoders: $(INSTALLED)  ## What vectors of texts and pictures are worth for items that nobody has touched (DATA=DIR)
+	@$(if $(DATA),,$(error say DATA=DIR, the directory of the data sets))python -m tests.benchmarks.bench_encoders --data $(DATA)
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N, SEEDS=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))
@@ -86,7 +92,7 @@ protos: $(INSTALLED)  ## Generate the stubs from the contract
 # Torch asks for these on Linux; on two cores they would be 4 GB of nothing. The peers are installed without dependencies.
 GPU_PACKAGES := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton 
 requirements:  ## Pin the requirements again, with hashes (needs uv)
-	for name in feedback profile recommend trainer dev build compose deploy registry-mirror; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
+	for name in feedback profile recommend trainer encoders dev build compose deploy registry-mirror; do (cd requirements && uv pip compile --quiet --python-version 3.11 \
 	  --generate-hashes --no-header --no-annotate --no-emit-index-url $$name.in -o $$name.txt) || exit 1; done
 	cd requirements && uv pip compile --quiet --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	  --no-emit-index-url $(foreach name,$(GPU_PACKAGES),--no-emit-package $(name)) peers.in -o peers.txt

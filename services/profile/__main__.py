@@ -25,6 +25,7 @@ from shopkeeper.profile.v1 import (
     profile_service_pb2_grpc,
 )
 
+from services.profile.clients.encoders import image_encoder, text_encoder
 from services.profile.clients.suggestions import RecommendSuggestions
 from services.profile.converters.churn import ChurnConverter
 from services.profile.converters.item_files import ItemDirectory
@@ -41,6 +42,7 @@ from services.profile.storage import catalogue as catalogue_storage
 from services.profile.storage import log as log_storage
 from services.profile.storage.churn_alerts import PostgresChurnAlerts
 from services.profile.storage.churn_registry import ChurnModels, gate_reasons, verdict
+from services.profile.storage.contents import PostgresContents
 from services.profile.storage.item_figures import PostgresItemFigures
 from services.profile.storage.item_imports import PostgresItemImports
 from services.profile.storage.merges import PostgresMerges
@@ -52,6 +54,7 @@ from services.profile.use_cases.churn import ChurnWatch, train_churn
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.item_imports import ManageItemImports, RunItemImports
 from services.profile.use_cases.item_portraits import ItemPortraits
+from services.profile.use_cases.item_vectors import ItemVectors
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.population import PopulationWatch
@@ -79,6 +82,7 @@ SERVICE_NAMES = (
 # One family with the lock of alerts: work that one replica does for all.
 IMPORTS_LOCK = 0x53484F50_494D504F
 REBUILDS_LOCK = 0x53484F50_52454255
+CONTENTS_LOCK = 0x53484F50_434F4E54
 
 
 def clock_us() -> int:
@@ -94,6 +98,7 @@ class Profile:
     follower: LogFollower
     histories: LiveHistories
     catalogue: Catalogue
+    vectors: ItemVectors
     churn: ChurnWatch
     population: PopulationWatch
     merges: PostgresMerges
@@ -130,6 +135,13 @@ class Profile:
         )
         store = catalogue_storage.PostgresCatalogue(database)
         catalogue = Catalogue(store, encode_item, metrics, clock_us)
+        vectors = ItemVectors(
+            PostgresContents(database),
+            text_encoder(settings.text_encoder),
+            image_encoder(settings.image_encoder),
+            catalogue.publish_vectors,
+        )
+        catalogue.follow_vectors(vectors.touch, vectors.of)
         merges = PostgresMerges(database, pseudonymizer.current_version)
         purchases = PostgresPurchases(database)
         population = PopulationWatch(purchases, clock_us, settings.population_seconds)
@@ -173,6 +185,9 @@ class Profile:
             idle_seconds=2.0,
         )
 
+        encoder = ExclusiveWorker("contents", database, CONTENTS_LOCK, vectors.work, idle_seconds=1.0)
+        vectors.wake_worker = encoder.wake
+
         def risk_of(user_key: UserKey) -> ChurnRisk | None:
             known = churn.risk_of(user_key)
             return known[1] if known else None
@@ -182,6 +197,7 @@ class Profile:
             follower,
             histories,
             catalogue,
+            vectors,
             churn,
             population,
             merges,
@@ -205,6 +221,7 @@ class Profile:
                     store,
                     catalogue,
                     PostgresItemFigures(database),
+                    vectors,
                     settings.item_portrait_seconds,
                     clock_us,
                 ),
@@ -217,7 +234,7 @@ class Profile:
                 log_storage.Listener(database, log_storage.CHANNEL, follower.nudge),
                 log_storage.Listener(database, catalogue_storage.CHANNEL, catalogue.nudge),
             ),
-            (importer, rebuilder),
+            (importer, rebuilder, encoder),
             [],
             drained,
             channel,
@@ -241,6 +258,7 @@ class Profile:
         loops: list[tuple[str, Callable[[], None]]] = [
             ("follow-log", partial(self.follower.run, tell)),
             ("follow-items", partial(self.catalogue.run, tell)),
+            ("item-vectors", self.vectors.run),
             ("watch-churn", self.churn.run),
             ("watch-population", self.population.run),
             ("bring-merges-forward", self._bring_merges_forward),
@@ -277,6 +295,7 @@ class Profile:
         self.drained.set()
         self.follower.stop()
         self.catalogue.stop()
+        self.vectors.stop()
         self.churn.stop()
         self.population.stop()
         for listener in self.listeners:

@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from services.profile.domain.churn_model import ChurnModel
+from services.profile.domain.content_space import ContentSpace
 from services.profile.domain.events import EventBatch, EventWindow
 from services.profile.domain.item_figures import Baskets, ItemCounts
 from services.profile.domain.item_imports import (
@@ -395,4 +399,80 @@ class Suggestions(Protocol):
 
     def items(self, user_keys: Sequence[UserKey], count: int) -> list[list[str]]:
         """Returns item ids for each shopper, the best first; none where nothing can be said. Never fails."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """A model of language with weights.
+
+    Attributes:
+        model: names the weights: equal texts have equal vectors under one name.
+        dimension: D.
+    """
+
+    model: str
+    dimension: int
+
+    def encode(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Returns vectors of unit length, (N, D); 0 where a text says nothing. May take tens of ms a text."""
+        ...
+
+
+class ImageEncoder(Protocol):
+    """A model of vision with weights; attributes as `TextEncoder`'s."""
+
+    model: str
+    dimension: int
+
+    def encode(self, pictures: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        """Returns vectors of unit length, (N, D); 0 where the bytes are no picture that can be read."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ItemContent:
+    """An item without its picture, and the SHA-256 of the picture; None without one."""
+
+    item: Item
+    picture_digest: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewVectors:
+    """What was committed to the store of contents between two snapshots, and the space in force, "" without one."""
+
+    watermark: Watermark
+    digests: Sequence[bytes]
+    space_version: str
+
+
+class ContentStore(Protocol):
+    """Vectors by the digest of what they were made of. All raise Unavailable when the database does not answer."""
+
+    def items(self, item_ids: Sequence[str]) -> list[ItemContent]:
+        """Returns items that are there and not deleted, in any order."""
+        ...
+
+    def pictures(self, item_ids: Sequence[str]) -> dict[str, bytes]:
+        """Returns the pictures of items that have one."""
+        ...
+
+    def vectors(self, model: str, digests: Sequence[bytes]) -> dict[bytes, npt.NDArray[np.float32]]:
+        """Returns the vectors that a model made and that are known, each (D,)."""
+        ...
+
+    def put_vectors(self, model: str, digests: Sequence[bytes], vector_ND: npt.NDArray[np.float32]) -> None:
+        """Stores vectors; those that are there stay."""
+        ...
+
+    def new_vectors(self, since: Watermark | None) -> NewVectors:
+        """Returns the digests whose vectors came after a snapshot; none for None."""
+        ...
+
+    def space(self, version: str) -> ContentSpace | None:
+        """Returns a space; None where it is gone or cannot be read."""
+        ...
+
+    def put_space(self, space: ContentSpace) -> None:
+        """Puts a space in force."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,6 +42,14 @@ class ProfileSettings(ServiceSettings):
         gt=0,
         le=1,
         description="The share of an order's worth that is margin, for lifetime values. At 1 they are revenue.",
+    )
+
+    text_encoder: Literal["ngrams", "e5"] = Field(
+        "ngrams",
+        description="What reads texts of items: character n-grams alone, or multilingual-e5-small beside them, some 20 ms a text in the background.",
+    )
+    image_encoder: Literal["none", "efficientnet-lite0"] = Field(
+        "none", description="What looks at pictures of items, some 50 ms a picture in the background."
     )
 
     @property

@@ -15,6 +15,8 @@ from tests.architecture.test_arrows import REPOSITORY, SERVICES, imports_of, is_
 ELSEWHERE = REPOSITORY / "shared" / "embedded_postgres.py"
 # profile publishes and reads bundles of arrays, and never runs an encoder: the import is inside of the function.
 UNUSED = {("profile", "ai_edge_litert")}
+# What an image has where it is built with it.
+EXTRAS = {"profile": "encoders"}
 LIGHT = {"feedback", "profile", "recommend"}
 
 
@@ -45,7 +47,7 @@ def packages_of(service: str) -> set[str]:
 @pytest.mark.parametrize("service", SERVICES)
 def test_an_image_carries_every_package_that_its_service_imports(service: str) -> None:
     distributions = metadata.packages_distributions()
-    installed = packages_of(service)
+    installed = packages_of(service) | packages_of(EXTRAS.get(service, service))
     missing: dict[str, set[str]] = {}
     for path in modules_of(service):
         for name in imports_of(path):

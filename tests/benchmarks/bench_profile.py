@@ -12,6 +12,7 @@ cold_p50_ms, cold_p99_ms    the same of shoppers that must be read from PostgreS
 fold_events_per_second      from rows of the log to portraits, on one core (CPU time)
 tail_events_per_second      new events into shoppers in memory, on one core (CPU time)
 rebuild_seconds             RebuildProfiles over the whole log
+hot_users, hot_rss_mb       shoppers in memory at once (USERS), and the resident memory of the process that holds them
 bytes_per_hot_user          resident memory of one shopper of 20 events on average
 item_upserts_per_second     UpsertItems, 1,000 rows a call, 4 callers; of new items
 item_change_ms              from the answer of a write until WatchItems tells it: median, and the worst of 30
@@ -332,8 +333,8 @@ class _NoLog:
         raise AssertionError("everybody is in memory")
 
 
-def memory_and_tail(rng: np.random.Generator, shoppers: int) -> tuple[float, float]:
-    """Returns bytes of resident memory a shopper, and events a second of CPU into those in memory."""
+def memory_and_tail(rng: np.random.Generator, shoppers: int) -> tuple[int, float, float, float]:
+    """Returns shoppers in memory, MB resident with them, bytes a shopper, and events a second of CPU into them."""
     log: EventLog = _NoLog()  # type: ignore[assignment]
     histories = LiveHistories(log, shoppers, _NoMetrics())
     known: list[UserKey] = []
@@ -349,7 +350,8 @@ def memory_and_tail(rng: np.random.Generator, shoppers: int) -> tuple[float, flo
                 known.append(key)
         del batch
     gc.collect()
-    size = (psutil.Process().memory_info().rss - before) / len(histories)
+    resident = psutil.Process().memory_info().rss
+    size = (resident - before) / len(histories)
     fresh = [random_events(20_000, shoppers // 20, rng) for _ in range(5)]
     named = {key[2:]: key for key in known}
     batches = [
@@ -359,7 +361,8 @@ def memory_and_tail(rng: np.random.Generator, shoppers: int) -> tuple[float, flo
     begun = time.process_time()
     for one in batches:
         histories.apply(one)
-    return size, sum(len(one) for one in batches) / (time.process_time() - begun)
+    rate = sum(len(one) for one in batches) / (time.process_time() - begun)
+    return len(histories), resident / 2**20, size, rate
 
 
 def run(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
@@ -404,7 +407,9 @@ def main() -> None:
         results[name] = value
         print(f"{name:26} {value}", flush=True)
 
-    size, tail = memory_and_tail(rng, arguments.hot)
+    hot, resident_mb, size, tail = memory_and_tail(rng, arguments.hot)
+    tell("hot_users", hot)
+    tell("hot_rss_mb", round(resident_mb))
     tell("bytes_per_hot_user", round(size))
     tell("tail_events_per_second", round(tail))
     tell("fold_events_per_second", round(fold_rate(rng)))

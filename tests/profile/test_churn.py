@@ -28,6 +28,7 @@ from services.profile.domain.classification_quality import Quality, auc, log_los
 from services.profile.domain.logistic_regression import LogisticRegression
 from services.profile.domain.purchase_counts import BgNbd
 from services.profile.domain.purchase_log import PurchaseLog
+from services.profile.domain.win_back import MIN_SIMILAR
 from services.profile.settings import ProfileSettings
 from services.profile.storage.churn_registry import ChurnModels
 from shared import grpc_status
@@ -401,6 +402,19 @@ def test_a_trained_model_lists_shoppers_and_tells_when_one_crosses_the_threshold
     other.page_token = first.next_page_token
     assert reason_of(lambda: stub.ListAtRiskUsers(other)) == "INVALID_TOKEN"
 
+    # What usually wins such shoppers back is counted on earlier moments of the same log.
+    known = [
+        action for risk in risks for action in risk.suggested_actions if action.success_rate.evidence_count
+    ]
+    assert known
+    for action in known:
+        assert action.success_rate.evidence_count >= MIN_SIMILAR
+        assert action.success_rate.value == action.success_count / action.success_rate.evidence_count
+        assert 0 <= action.success_rate_low <= action.success_rate.value <= action.success_rate_high <= 1
+    for risk in risks:
+        rates = [action.success_rate.value for action in risk.suggested_actions]
+        assert rates == sorted(rates, reverse=True)
+
     # The portrait says the same.
     portrait = stub.GetProfile(pb.GetProfileRequest(user_key=risks[0].user_key)).portrait
     assert portrait.churn_risk == risks[0]
@@ -443,9 +457,20 @@ def test_a_trained_model_lists_shoppers_and_tells_when_one_crosses_the_threshold
     assert shop.service.churn._alerts.after(0, 60, 0.5, 100)[1][0].user_key == key
     assert len(shop.service.churn._alerts.after(0, 60, 0.5, 100)[1]) == 1
 
-    # Erasure reaches scores, alerts and lists.
+    # Erasure reaches scores, alerts, lists, and who watches alerts or resumes watching.
+    heard: list[Any] = []
+    watching = stub.WatchChurnAlerts(pb.WatchChurnAlertsRequest(threshold=0.5))
+    listener = threading.Thread(target=lambda: heard.append(next(watching)))
+    listener.start()
+    eventually(lambda: shop.service.churn._streams == 1, "the stream")
     shop.log.forget(user_id)
     shop.service.churn.tick()
+    listener.join(20.0)
+    watching.cancel()
+    resumed = stub.WatchChurnAlerts(pb.WatchChurnAlertsRequest(threshold=0.5, resume_token=alert.alert_token))
+    heard.append(next(resumed))
+    resumed.cancel()
+    assert [(one.erased, one.risk.user_key, one.alert_token) for one in heard] == [(True, key, "")] * 2
     assert key not in {
         risk.user_key for risk in stub.ListAtRiskUsers(pb.ListAtRiskUsersRequest(min_probability=0.0)).risks
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,62 @@ def test_ten_thousand_permuted_and_duplicated_histories_give_identical_windows(
         window = EMPTY_WINDOW.merge(shuffled[: cuts[0]], shuffled[: cuts[1]]).merge(shuffled[cuts[0] :])
         assert window.truncated == (count > MAX_WINDOW_EVENTS)
         assert window.events_W.tobytes() == want
+
+
+def any_history(random: np.random.Generator, items: Vocabulary, currencies: Vocabulary) -> Any:
+    """Returns 1 to 60 lines of every kind that a portrait reads."""
+    count = int(random.integers(1, 61))
+    events = np.zeros(count, EVENT)
+    events["key_high"] = random.integers(0, 2**63, count)
+    events["line"] = random.integers(0, 3, count)
+    events["occurred_at_us"] = NOW_US - random.integers(0, 400 * DAY_US, count)
+    kinds = [EventKind.ITEM_VIEW, EventKind.PURCHASE, EventKind.RETURN, EventKind.RATING, EventKind.SEARCH]
+    events["kind"] = random.choice([int(kind) for kind in kinds], count)
+    events["item"] = random.choice(items.encode(ITEMS), count)
+    events["quantity"] = np.where(
+        events["kind"] == int(EventKind.PURCHASE), random.integers(1, 4, count), np.nan
+    )
+    events["value"] = np.where(events["kind"] == int(EventKind.RATING), random.integers(1, 6, count), np.nan)
+    events["device"], events["channel"] = random.integers(0, 4, count), random.integers(0, 4, count)
+    priced = events["kind"] == int(EventKind.PURCHASE)
+    events["price_micros"] = np.where(priced, random.integers(1, 90, count) * 1_000_000, 0)
+    codes = currencies.encode(["EUR", "CHF"])
+    events["currency"] = np.where(priced, random.choice(codes, count), -1)
+    events["flags"] = PERSONALISATION + priced * HAS_PRICE
+    return events
+
+
+def recoded(events: Any, old: Vocabulary, new: Vocabulary, currencies: Vocabulary, other: Vocabulary) -> Any:
+    """Returns the same events with the codes of another process."""
+    events = events.copy()
+    events["item"] = [new.encode([old[item]])[0] for item in events["item"].tolist()]
+    events["currency"] = [
+        -1 if currency < 0 else other.encode([currencies[currency]])[0]
+        for currency in events["currency"].tolist()
+    ]
+    return events
+
+
+def test_permuted_and_duplicated_histories_fold_to_identical_portraits() -> None:
+    # 10,000 by `make verify-portraits`.
+    histories = int(os.environ.get("SHOPKEEPER_PERMUTED_HISTORIES", "400"))
+    random = np.random.default_rng(11)
+    items, currencies = Vocabulary(), Vocabulary()
+    other_items, other_currencies = Vocabulary(), Vocabulary()
+    other_items.encode(ITEMS[::-1])
+    other_currencies.encode(["JPY", "CHF", "EUR"])
+    distinct: set[bytes] = set()
+    for _ in range(histories):
+        events = any_history(random, items, currencies)
+        want = portrait_bytes(EMPTY_WINDOW.merge(events), items, currencies)
+        distinct.add(want)
+        count = len(events)
+        again = recoded(events, items, other_items, currencies, other_currencies)[random.permutation(count)]
+        twice = again[random.integers(0, count, int(random.integers(0, count + 1)))]
+        cut = int(random.integers(0, count + 1))
+        window = EMPTY_WINDOW.merge(again[:cut], twice).merge(again[cut:]).merge(twice[::-1])
+        assert portrait_bytes(window, other_items, other_currencies) == want
+    assert len(distinct) == histories, "each history has a portrait of its own"
 
 
 def test_a_window_is_truncated_only_when_events_are_left_out() -> None:

@@ -12,6 +12,8 @@ from shopkeeper.recommend.v1 import recommend_service_pb2, recommend_service_pb2
 from shared.identity import UserKey
 
 TIMEOUT_SECONDS = 0.5
+# All shoppers of a call together.
+BUDGET_SECONDS = 2.0
 # After a failure nobody waits for it again so soon.
 BREAKER_SECONDS = 10.0
 PLACEMENT = "email"
@@ -33,7 +35,8 @@ class RecommendSuggestions:
 
     def items(self, user_keys: Sequence[UserKey], count: int) -> list[list[str]]:
         """See `Suggestions.items`."""
-        return [self._of(user_key, count) for user_key in user_keys]
+        until = self._monotonic() + BUDGET_SECONDS
+        return [self._of(user_key, count) if self._monotonic() < until else [] for user_key in user_keys]
 
     def _of(self, user_key: UserKey, count: int) -> list[str]:
         if self._monotonic() < self._closed_until:

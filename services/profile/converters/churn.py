@@ -11,7 +11,7 @@ from shopkeeper.profile.v1 import user_portrait_pb2
 
 from services.profile.converters.profiles import invalid, timestamp
 from services.profile.domain.churn_model import ChurnModel
-from services.profile.domain.churn_risk import ChurnRisk
+from services.profile.domain.churn_risk import ChurnRisk, WinBack
 from services.profile.domain.classification_quality import Quality
 from services.profile.domain.portrait import Estimate
 from shared.tokens import TokenSigner
@@ -121,12 +121,20 @@ def churn_risk(
             )
             for reason in risk.reasons
         ],
-        suggested_actions=[
-            user_portrait_pb2.WinBackAction(kind=int(action), success_rate=_estimate(0.0, 0))  # type: ignore[arg-type]
-            for action in risk.actions
-        ],
+        suggested_actions=[_win_back(one) for one in risk.actions],
         as_of_time=timestamp(as_of_us),
         model_version=model_version,
+    )
+
+
+def _win_back(one: WinBack) -> user_portrait_pb2.WinBackAction:
+    low, high = one.successes.interval()
+    return user_portrait_pb2.WinBackAction(
+        kind=int(one.action),  # type: ignore[arg-type]
+        success_rate=_estimate(one.successes.rate, one.successes.similar),
+        success_count=one.successes.returned,
+        success_rate_low=low,
+        success_rate_high=high,
     )
 
 

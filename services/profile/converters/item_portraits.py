@@ -14,6 +14,7 @@ def item_portrait(portrait: ItemPortrait) -> item_portrait_pb2.ItemPortrait:
     return item_portrait_pb2.ItemPortrait(
         item_id=portrait.item_id,
         text_vector=_embedding(portrait.text_vector),
+        image_vector=_embedding(portrait.image_vector),
         fused_vector=_embedding(portrait.fused_vector),
         popularity=estimate(portrait.popularity),
         popularity_half_life_days=POPULARITY_HALF_LIFE_DAYS,

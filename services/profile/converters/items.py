@@ -442,7 +442,16 @@ def items_message(message: ItemsMessage) -> catalog_service_pb2.WatchItemsRespon
     """Returns a message of the stream, around records that are encoded already."""
     # A repeated field on the wire is its tag (1, length-delimited), a length and the record, again and again.
     wire = b"".join(part for record in message.upserted for part in (b"\x0a", _varint(len(record)), record))
-    response = catalog_service_pb2.WatchItemsResponse.FromString(wire)
+    parts = [wire]
+    # Vectors likewise (6): an id (1) and packed floats (2).
+    for item_id, values in message.vectors:
+        encoded_id = item_id.encode()
+        vector = b"".join(
+            (b"\x0a", _varint(len(encoded_id)), encoded_id, b"\x12", _varint(len(values)), values)
+        )
+        parts += (b"\x32", _varint(len(vector)), vector)
+    response = catalog_service_pb2.WatchItemsResponse.FromString(b"".join(parts))
+    response.vector_version = message.vector_version
     response.deleted_item_ids.extend(message.deleted_item_ids)
     response.snapshot_complete = message.snapshot_complete
     response.reset = message.reset

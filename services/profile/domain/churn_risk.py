@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.profile.domain.churn_features import COLUMN, FEATURES, churn_examples
+from services.profile.domain.churn_features import COLUMN, DAY_US, FEATURES, churn_examples
 from services.profile.domain.churn_model import ChurnModel, order_values
-from services.profile.domain.purchase_log import Float, PurchaseLog
+from services.profile.domain.purchase_log import Bool, Float, Int, PurchaseLog
 from services.profile.domain.purchase_values import lifetime_values
+from services.profile.domain.win_back import UNKNOWN, Successes, WinBackRates, moments
 from shared.identity import UserKey
 
 MAX_REASONS = 3
@@ -68,6 +69,14 @@ class Reason:
 
 
 @dataclass(frozen=True, slots=True)
+class WinBack:
+    """What may win a shopper back, and how often similar ones came back to it."""
+
+    action: Action
+    successes: Successes
+
+
+@dataclass(frozen=True, slots=True)
 class ChurnRisk:
     """The risk of one shopper.
 
@@ -77,6 +86,7 @@ class ChurnRisk:
         lifetime_value_micros: over a year, >= 0, in the currency of most purchases.
         order_count: what the numbers rest on.
         reasons: strongest first.
+        actions: what wins most back first; those whose success is not known last.
     """
 
     user_key: UserKey
@@ -85,7 +95,7 @@ class ChurnRisk:
     lifetime_value_micros: int
     order_count: int
     reasons: tuple[Reason, ...]
-    actions: tuple[Action, ...]
+    actions: tuple[WinBack, ...]
 
 
 class ScoredShoppers:
@@ -106,17 +116,20 @@ class ScoredShoppers:
         now_us: int,
         currency_code: str,
         margin_share: float = 1.0,
+        win_back: WinBackRates | None = None,
     ) -> None:
         """Scores everybody who had bought by now.
 
         Args:
             user_keys_U: by the log's number of the shopper, ascending.
             margin_share: the share of an order's worth that is the shop's margin.
+            win_back: what won whom back; None where it is not known.
         """
         examples = churn_examples(log, now_us, float(model.horizon_days), model.reference)
         self.model = model
         self.as_of_us = now_us
         self.currency_code = currency_code
+        self._win_back = win_back or WinBackRates()
         probability = model.probabilities(examples)
         packed = b"".join(bytes(user_keys_U[user]) for user in examples.user_K.tolist())
         keys = np.frombuffer(packed, "V16")
@@ -133,6 +146,7 @@ class ScoredShoppers:
         if len(examples):
             contribution_KF = contribution_KF - np.median(contribution_KF, axis=0)
         self.key_K = keys[order]
+        self.user_K = examples.user_K[order]
         self.probability_K = probability[order]
         self._alive_K = model.reference.alive_probabilities(examples.counts)[order]
         self._worth_K = worth[order]
@@ -177,8 +191,36 @@ class ScoredShoppers:
             min(_INT64_MAX, round(float(self._worth_K[row]) * _MICROS)),
             int(self._orders_K[row]),
             tuple(reasons),
-            _actions(reasons, float(self._repeats_K[row])),
+            self._actions(reasons, row),
         )
+
+    def strongest_signals(self) -> Int:
+        """Returns the strongest reason of each shopper, (K,), int64; 0 where there is none."""
+        signal_S = np.array([int(signal) for signal in Signal])
+        worse_KS = np.stack(
+            [
+                _worse_column(signal, self._usual_KS[:, at], self._current_KS[:, at])
+                for at, signal in enumerate(Signal)
+            ],
+            axis=1,
+        ) & (self._contribution_KS > _LEAST_CONTRIBUTION)
+        strongest_K = np.where(worse_KS, self._contribution_KS, -np.inf).argmax(axis=1)
+        return np.where(worse_KS.any(axis=1), signal_S[strongest_K], 0).astype(np.int64)
+
+    def _actions(self, reasons: Sequence[Reason], row: int) -> tuple[WinBack, ...]:
+        signal = int(reasons[0].signal) if reasons else 0
+        probability = float(self.probability_K[row])
+        actions = [
+            WinBack(action, successes)
+            for action, successes in (
+                # Calls are not in the log: nobody knows whom they won back.
+                (Action.SERVICE_CALL, UNKNOWN),
+                (Action.REPLENISHMENT_REMINDER, self._win_back.of_repeated(signal, probability)),
+                (Action.RECOMMEND_ITEMS, self._win_back.of_discovered(signal, probability)),
+            )
+            if action in _suited(reasons, float(self._repeats_K[row]))
+        ]
+        return tuple(sorted(actions, key=lambda one: -one.successes.rate))
 
     def after(self, probability: float, user_key: bytes) -> int:
         """Returns the first row behind a place in the order; who held it need not be there any more."""
@@ -210,10 +252,34 @@ def _worse(signal: Signal, usual: float, current: float) -> bool:
     return current > usual if signal in (Signal.OVERDUE_PURCHASE, Signal.MORE_RETURNS) else current < usual
 
 
-def _actions(reasons: Sequence[Reason], repeated_item_share: float) -> tuple[Action, ...]:
-    actions = []
+def _worse_column(signal: Signal, usual_K: Float, current_K: Float) -> Bool:
+    return (
+        current_K > usual_K
+        if signal in (Signal.OVERDUE_PURCHASE, Signal.MORE_RETURNS)
+        else current_K < usual_K
+    )
+
+
+def _suited(reasons: Sequence[Reason], repeated_item_share: float) -> set[Action]:
+    actions = {Action.RECOMMEND_ITEMS}
     if any(reason.signal is Signal.MORE_RETURNS for reason in reasons):
-        actions.append(Action.SERVICE_CALL)
+        actions.add(Action.SERVICE_CALL)
     if repeated_item_share > 0.3:
-        actions.append(Action.REPLENISHMENT_REMINDER)
-    return (*actions, Action.RECOMMEND_ITEMS)
+        actions.add(Action.REPLENISHMENT_REMINDER)
+    return actions
+
+
+def win_back_rates(model: ChurnModel, log: PurchaseLog, now_us: int) -> WinBackRates:
+    """Returns what won whom back, as the model would have seen them then."""
+    rates = WinBackRates()
+    if not len(log):
+        return rates
+    horizon_us = int(model.horizon_days * DAY_US)
+    # Keys say nothing here, and are only sorted by.
+    keys = [user.to_bytes(16, "big") for user in range(log.user_count)]
+    for moment in moments(now_us, horizon_us, int(log.time_us_N.min())):
+        scored = ScoredShoppers(model, log.before(moment), keys, moment, "")
+        rates.add(
+            log, moment, moment + horizon_us, scored.user_K, scored.probability_K, scored.strongest_signals()
+        )
+    return rates

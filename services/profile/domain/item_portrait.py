@@ -24,6 +24,7 @@ class ItemPortrait:
 
     item_id: str
     text_vector: Vector | None
+    image_vector: Vector | None
     fused_vector: Vector | None
     popularity: Estimate
     conversion_rate: Estimate

@@ -38,10 +38,16 @@ class ProfilesMessage:
 
 @dataclass(frozen=True, slots=True)
 class ItemsMessage:
-    """What a watcher of items is told next."""
+    """What a watcher of items is told next.
+
+    Attributes:
+        vectors: (item id, float32 little endian), all of the space `vector_version`.
+    """
 
     upserted: Sequence[bytes]
     deleted_item_ids: Sequence[str]
     watermark: Watermark | None
     snapshot_complete: bool
     reset: bool
+    vectors: Sequence[tuple[str, bytes]] = ()
+    vector_version: str = ""

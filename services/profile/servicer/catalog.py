@@ -108,7 +108,7 @@ class CatalogServicer(catalog_service_pb2_grpc.CatalogServiceServicer):
     ) -> Iterator[pb.WatchItemsResponse]:
         """See the contract."""
         resume = resume_watermark(request.resume_token, "resume_token")
-        for message in self._catalogue.watch(resume, context.is_active):
+        for message in self._catalogue.watch(resume, context.is_active, with_vectors=request.with_vectors):
             yield converters.items_message(message)
 
     def GetItemPortrait(

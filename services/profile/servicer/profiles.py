@@ -25,7 +25,7 @@ from services.profile.converters.segment_language import parse_filter
 from services.profile.converters.segments import SegmentConverter, revision, segment_id, version_wanted
 from services.profile.domain.churn_risk import ChurnRisk
 from services.profile.domain.messages import Reading
-from services.profile.use_cases.churn import ChurnWatch, Members, Scores
+from services.profile.use_cases.churn import ChurnWatch, Erasure, Members, Scores
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.rebuilds import ManageRebuilds
 from services.profile.use_cases.segments import SegmentMembers, Segments
@@ -34,6 +34,8 @@ from shared.tokens import Watermark
 
 # An answer needs a moment to travel, too.
 ANSWER_SECONDS = 0.01
+# A page of more shoppers than these is a list to count, not to act on.
+MAX_DRAWN = 50
 
 
 class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
@@ -172,6 +174,10 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         scores = self._churn.scores(self._churn_converter.horizon_days(request))
         page = self._churn.page(scores, least, place, page_size, self._members_of(request.segment_id))
         response = pb.ListAtRiskUsersResponse(risks=[_risk_message(scores, risk) for risk in page.risks])
+        if len(page.risks) <= MAX_DRAWN:
+            items = self._churn.suggested([risk.user_key for risk in page.risks])
+            for risk, item_ids in zip(response.risks, items, strict=True):
+                draw_items(risk, item_ids)
         if page.more and page.last is not None:
             response.next_page_token = self._churn_converter.page_token(request, page.last)
         return response
@@ -185,6 +191,9 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         horizon_days = self._churn_converter.horizon_days(request)
         members = self._members_of(request.segment_id)
         for alert in self._churn.watch(horizon_days, threshold, alert_id, context.is_active, members):
+            if isinstance(alert, Erasure):
+                yield pb.ChurnAlert(risk=user_portrait_pb2.ChurnRisk(user_key=alert.user_key), erased=True)
+                continue
             scores = self._churn.scores(horizon_days)
             stored = alert.stored
             # What was so when the alert arose, though more may have become known since.

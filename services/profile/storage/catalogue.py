@@ -61,7 +61,7 @@ _COLUMNS: tuple[tuple[str, str, Field], ...] = (
 _NAMES = tuple(name for name, _, _ in _COLUMNS)
 
 _SELECT = "item_id, " + ", ".join(_NAMES) + ", described, update_time, revision"
-_SELECT_WITHOUT_PICTURE = _SELECT.replace("image_bytes", "''::bytea AS image_bytes")
+ITEM_COLUMNS_WITHOUT_PICTURE = _SELECT.replace("image_bytes", "''::bytea AS image_bytes")
 
 # One JSON text carries the batch: the driver's arrays cost six times as much, and none of lists of lists exists.
 _WRITE = trusted_sql(
@@ -161,7 +161,7 @@ class PostgresCatalogue:
                 trusted_sql(f"SELECT {_SELECT} FROM items WHERE item_id = %s AND NOT deleted"),  # noqa: S608
                 (item_id,),
             ).fetchone()
-        return _item(row) if row is not None else None
+        return item_of(row) if row is not None else None
 
     def page(self, item_filter: ItemFilter, after_item_id: str, limit: int) -> list[Item]:
         """See `CatalogueStore.page`."""
@@ -187,15 +187,15 @@ class PostgresCatalogue:
         if item_filter.exclude_placeholders:
             conditions.append("described")
         query = trusted_sql(
-            f"SELECT {_SELECT_WITHOUT_PICTURE} FROM items WHERE {' AND '.join(conditions)} "  # noqa: S608
+            f"SELECT {ITEM_COLUMNS_WITHOUT_PICTURE} FROM items WHERE {' AND '.join(conditions)} "  # noqa: S608
             "ORDER BY item_id LIMIT %(limit)s"
         )
         with _migrated(), self._database.connect() as connection:
-            return [_item(row) for row in connection.execute(query, values).fetchall()]
+            return [item_of(row) for row in connection.execute(query, values).fetchall()]
 
     def load(self) -> Iterator[CatalogueChanges]:
         """See `CatalogueStore.load`."""
-        query = trusted_sql(f"SELECT xid::text, {_SELECT_WITHOUT_PICTURE} FROM items")  # noqa: S608
+        query = trusted_sql(f"SELECT xid::text, {ITEM_COLUMNS_WITHOUT_PICTURE} FROM items")  # noqa: S608
         with _migrated(), snapshot_of(self._database) as (connection, watermark):
             with connection.cursor(name="load_items") as cursor:
                 cursor.execute(query)
@@ -206,7 +206,7 @@ class PostgresCatalogue:
     def poll(self, since: Watermark) -> CatalogueChanges:
         """See `CatalogueStore.poll`."""
         query = trusted_sql(
-            f"SELECT xid::text, {_SELECT_WITHOUT_PICTURE} FROM items WHERE {NEW_SINCE}"  # noqa: S608
+            f"SELECT xid::text, {ITEM_COLUMNS_WITHOUT_PICTURE} FROM items WHERE {NEW_SINCE}"  # noqa: S608
         )
         with _migrated(), snapshot_of(self._database) as (connection, watermark):
             if watermark == since or watermark.xmax < since.xmax:
@@ -316,10 +316,10 @@ def _micros(time: datetime | None) -> int | None:
 
 
 def _stored(rows: Sequence[tuple[Any, ...]]) -> list[StoredItem]:
-    return [StoredItem(_item(row[1:]), int(row[0])) for row in rows]
+    return [StoredItem(item_of(row[1:]), int(row[0])) for row in rows]
 
 
-def _item(row: Sequence[Any]) -> Item:
+def item_of(row: Sequence[Any]) -> Item:
     values = dict(zip(("item_id", *_NAMES), row, strict=False))
     described, update_time, revision = row[-3:]
     return Item(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import invert
 
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, PriceLevels, WriteResult, WriteStatus
 from services.profile.domain.messages import ItemsMessage
@@ -21,6 +22,7 @@ MAX_TASTES = 20
 MAX_TASTE_CHARACTERS = 64
 MAX_ITEMS_IN_MESSAGE = 1000
 MAX_MESSAGE_BYTES = 1 << 20
+MAX_VECTORS_IN_MESSAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,10 @@ def tastes(item: Item) -> tuple[tuple[str, str], ...]:
     return tuple(found.items())
 
 
+# Returns the version of the vectors' space, and (item id, float32 little endian) of the items that have one.
+VectorsOf = Callable[[Sequence[str]], tuple[str, list[tuple[str, bytes]]]]
+
+
 class Catalogue:
     """The catalogue. Writes go to the store, and come to memory the way every replica's do: by its log.
 
@@ -123,7 +129,19 @@ class Catalogue:
         self._shelves_lock = threading.Lock()
         self._nudged = threading.Event()
         self._stopping = threading.Event()
+        self._touch: Callable[[Sequence[str]], None] = lambda _item_ids: None
+        self._vectors_of: VectorsOf = lambda _item_ids: ("", [])
         self.problem = ""
+
+    def follow_vectors(self, touch: Callable[[Sequence[str]], None], vectors_of: VectorsOf) -> None:
+        """Says whom to tell of written items, and whom to ask for the vectors that watchers want."""
+        self._touch, self._vectors_of = touch, vectors_of
+
+    def publish_vectors(self, item_ids: Sequence[str]) -> None:
+        """Tells watchers that want vectors of those that are new."""
+        places = [~place for item_id in item_ids if (place := self._place_of.get(item_id)) is not None]
+        if self._watermark is not None:
+            self._subscriptions.offer(places)
 
     @property
     def loaded(self) -> bool:
@@ -240,9 +258,16 @@ class Catalogue:
         self._watermark = changes.watermark
 
     def watch(
-        self, resume: Watermark | None, is_active: Callable[[], bool], heartbeat_seconds: float = POLL_SECONDS
+        self,
+        resume: Watermark | None,
+        is_active: Callable[[], bool],
+        heartbeat_seconds: float = POLL_SECONDS,
+        *,
+        with_vectors: bool = False,
     ) -> Iterator[ItemsMessage]:
         """Yields the whole catalogue, or what changed since `resume`, then every change, until closed.
+
+        With vectors, those of all items follow at the beginning, and each again when it is new.
 
         Raises:
             Unavailable: the catalogue has not been loaded yet.
@@ -252,7 +277,9 @@ class Catalogue:
             raise Unavailable(
                 "CATALOGUE_LOADING", "The catalogue is still being read into memory; retry. " + self.problem
             )
-        subscription: Subscription[int] = Subscription(None, max_pending=2**62)
+        # An item's vector goes by the complement of its place, so that it coalesces apart from the item.
+        wants = None if with_vectors else (lambda place: place >= 0)
+        subscription: Subscription[int] = Subscription(wants, max_pending=2**62)
         self._subscriptions.add(subscription)
         try:
             # Another replica's watermark may be a little ahead; one far ahead is of another database.
@@ -262,6 +289,7 @@ class Catalogue:
                     place for place, record in enumerate(self._records) if not resume.covers(record.xid)
                 ]
                 subscription.offer(missed, (), watermark, 0)
+                subscription.offer(map(invert, range(len(self._records))), (), None, 0)
             else:
                 yield from self._snapshot(subscription, watermark)
             subscription.release()
@@ -294,6 +322,7 @@ class Catalogue:
                     size += len(encoded)
             if page:
                 yield ItemsMessage(page, (), None, False, False)
+        subscription.offer(map(invert, range(end)), (), None, 0)
 
     def _messages(
         self, places: Sequence[int], watermark: Watermark | None, complete: bool
@@ -301,7 +330,10 @@ class Catalogue:
         upserted: list[bytes] = []
         deleted: list[str] = []
         size = 0
+        of_vectors = [self._records[~place].item_id for place in places if place < 0]
         for place in places:
+            if place < 0:
+                continue
             record = self._records[place]
             if record.encoded is None:
                 deleted.append(record.item_id)
@@ -311,6 +343,15 @@ class Catalogue:
                 upserted, size = [], 0
             upserted.append(record.encoded)
             size += len(record.encoded)
+        if of_vectors:
+            # After the items that they are of.
+            if upserted or deleted:
+                yield ItemsMessage(upserted, deleted, None, False, False)
+                upserted, deleted = [], []
+            for first in range(0, len(of_vectors), MAX_VECTORS_IN_MESSAGE):
+                version, vectors = self._vectors_of(of_vectors[first : first + MAX_VECTORS_IN_MESSAGE])
+                if vectors:
+                    yield ItemsMessage((), (), None, False, False, vectors, version)
         if upserted or deleted or watermark is not None:
             yield ItemsMessage(upserted, deleted, watermark, complete, False)
 
@@ -350,6 +391,7 @@ class Catalogue:
             places.append(place)
         if places:
             self._shelves_stale = True
+            self._touch([stored.item.item_id for stored in stored_items])
         return places
 
     def _shelves_of_now(self) -> _Shelves:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.profile.domain.churn_model import ChurnModel, NotEnoughHistory, Trainer
-from services.profile.domain.churn_risk import ChurnRisk, ScoredShoppers
+from services.profile.domain.churn_risk import ChurnRisk, ScoredShoppers, win_back_rates
+from services.profile.domain.win_back import WinBackRates
 from services.profile.ports import ChurnAlerts, ChurnModels, Metrics, Purchases, StoredAlert, Suggestions
 from shared.errors import DataLoss, FailedPrecondition, Unavailable
 from shared.identity import UserKey
@@ -23,6 +24,8 @@ MAX_TRAINING_SHOPPERS = 100_000
 MAX_ROWS_IN_CALL = 20_000
 _ROWS_AT_ONCE = 200
 MAX_SUGGESTED_ITEMS = 10
+# What wins people back changes by the season, not by the hour.
+WIN_BACK_US = 24 * 3600 * 1_000_000
 
 Members = Callable[[Sequence[UserKey]], Sequence[bool]]
 
@@ -67,6 +70,13 @@ class Alert:
 
 
 @dataclass(frozen=True, slots=True)
+class Erasure:
+    """A shopper was erased: who keeps alerts forgets theirs."""
+
+    user_key: UserKey
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """Everybody's risk, by a version of the model."""
 
@@ -106,6 +116,8 @@ class ChurnWatch:
         self._model: ChurnModel | None = None
         self._refused: str | None = None
         self._scores: Scores | None = None
+        # The version of the model, when to look again, and what won whom back.
+        self._win_back: tuple[str, int, WinBackRates] | None = None
         self._erased: frozenset[UserKey] = frozenset()
         self._due_us = 0
         self._problem = ""
@@ -233,8 +245,8 @@ class ChurnWatch:
         after_alert_id: int | None,
         is_active: Callable[[], bool],
         members: Members | None,
-    ) -> Iterator[Alert]:
-        """Yields crossings of the threshold until closed; those behind an id first.
+    ) -> Iterator[Alert | Erasure]:
+        """Yields crossings of the threshold until closed, those behind an id first, and erasures.
 
         Raises:
             FailedPrecondition: no model serves this horizon.
@@ -242,9 +254,15 @@ class ChurnWatch:
         """
         _, model = self.model(horizon_days)
         position = self._alerts.newest() if after_alert_id is None else after_alert_id
+        # Who resumes may hold alerts of anybody who was erased meanwhile.
+        told = self._erased if after_alert_id is None else frozenset()
         self._count(1)
         try:
             while is_active() and not self._stopping.is_set():
+                erased = self._erased
+                if erased is not told:
+                    yield from map(Erasure, sorted(erased - told))
+                    told = erased
                 position, found = self._alerts.after(position, model.horizon_days, threshold, ALERTS_IN_POLL)
                 wanted = [stored for stored in found if stored.user_key not in self._erased]
                 if members is not None and wanted:
@@ -277,8 +295,17 @@ class ChurnWatch:
 
     def _score(self, model: ChurnModel, version: str, now_us: int) -> None:
         history = self._purchases.read(for_training=False, before_us=now_us)
+        if self._win_back is None or self._win_back[0] != version or now_us >= self._win_back[1]:
+            rates = win_back_rates(model, history.log, now_us)
+            self._win_back = version, now_us + WIN_BACK_US, rates
         shoppers = ScoredShoppers(
-            model, history.log, history.user_keys, now_us, history.currency_code, self._margin_share
+            model,
+            history.log,
+            history.user_keys,
+            now_us,
+            history.currency_code,
+            self._margin_share,
+            self._win_back[2],
         )
         self._scores = Scores(version, shoppers)
         packed = shoppers.key_K.tobytes()

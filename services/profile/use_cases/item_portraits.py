@@ -8,65 +8,38 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from services.profile.domain.content_vectors import NgramEncoder, fuse
 from services.profile.domain.item_figures import (
-    MAX_NEIGHBOURS,
     NO_COUNTS,
     Baskets,
     ItemCounts,
-    Neighbour,
     ShopMeans,
     conversion_rate,
     rating,
     return_rate,
 )
-from services.profile.domain.item_portrait import ItemPortrait, Vector
-from services.profile.domain.items import Item
+from services.profile.domain.item_portrait import ItemPortrait
 from services.profile.domain.portrait import Estimate
 from services.profile.ports import CatalogueStore, ItemFigures
 from services.profile.use_cases.catalogue import Catalogue
+from services.profile.use_cases.item_vectors import ItemVectors
 from shared.errors import NotFound, Unavailable
 
-FUSION_MODEL = "text+attributes"
-TEXT_WEIGHT, ATTRIBUTE_WEIGHT = 0.7, 0.3
 FIRST_ANSWER_SECONDS = 20.0
-
-Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class _Shop:
-    """All items at one moment; rows of the vectors are places in `item_ids`."""
+    """All items at one moment."""
 
-    item_ids: Sequence[str]
     place_of: dict[str, int]
     categories: Sequence[str]
     told_ratings: Sequence[tuple[int, float] | None]
     counts: dict[str, ItemCounts]
     baskets: Baskets
     means: ShopMeans
-    text_ND: Float
-    fused_ND: Float
-    version: str
     update_us: int
-    _similar: dict[int, list[Neighbour]] = field(default_factory=dict)
-
-    def similar(self, place: int) -> list[Neighbour]:
-        found = self._similar.get(place)
-        if found is None:
-            cosine_N = self.fused_ND @ self.fused_ND[place]
-            cosine_N[place] = -np.inf
-            width = min(MAX_NEIGHBOURS, len(cosine_N) - 1)
-            best = np.argpartition(-cosine_N, width)[:width] if width else np.empty(0, np.int64)
-            ranked = sorted((-float(cosine_N[at]), self.item_ids[at]) for at in best.tolist())
-            found = [Neighbour(item_id, min(1.0, -score), 0) for score, item_id in ranked if score < 0]
-            self._similar[place] = found
-        return found
 
 
 class ItemPortraits:
@@ -82,12 +55,14 @@ class ItemPortraits:
         store: CatalogueStore,
         catalogue: Catalogue,
         figures: ItemFigures,
+        vectors: ItemVectors,
         max_age_seconds: float,
         clock_us: Callable[[], int],
     ) -> None:
         self._store = store
         self._catalogue = catalogue
         self._figures = figures
+        self._vectors = vectors
         self._max_age_us = int(max_age_seconds * 1e6)
         self._clock_us = clock_us
         self._lock = threading.Lock()
@@ -112,19 +87,23 @@ class ItemPortraits:
         counts = shop.counts.get(item_id, NO_COUNTS)
         facts = self._catalogue.facts(item_id)
         category = facts.category_path[0] if facts.category_path else ""
-        known = place is not None and bool(shop.text_ND[place].any())
-        fused = place is not None and bool(shop.fused_ND[place].any())
+        self._vectors.wait_for(item_id, min(timeout_seconds, FIRST_ANSWER_SECONDS))
+        content = self._vectors.content(item_id)
+        text = picture = fused = None
+        if content is not None:
+            text, picture, fused = self._vectors.vectors(*content)
         return ItemPortrait(
             item_id,
-            Vector(shop.text_ND[place].tolist(), NgramEncoder.MODEL, shop.version) if known else None,
-            Vector(shop.fused_ND[place].tolist(), FUSION_MODEL, shop.version) if fused else None,
+            text,
+            picture,
+            fused,
             Estimate(counts.decayed_interest, counts.events),
             conversion_rate(counts, category, shop.means),
             Estimate(0.5, 0) if facts.price_level is None else Estimate(facts.price_level, 1),
             rating(shop.told_ratings[place] if place is not None else None, counts, shop.means),
             return_rate(counts, shop.means),
             shop.baskets.neighbours(item_id),
-            shop.similar(place) if place is not None and fused else [],
+            self._vectors.similar(item_id),
             shop.update_us,
         )
 
@@ -168,11 +147,6 @@ class ItemPortraits:
         ]
         items.sort(key=lambda item: item.item_id)
         counts, baskets = self._figures.read(now_us)
-        texts = [text_of(item) for item in items]
-        traits = [traits_of(item) for item in items]
-        encoder = NgramEncoder.fit(texts)
-        trait_encoder = NgramEncoder.fit(traits)
-        text_ND = encoder.encode(texts)
         categories = [item.category_path[0] if item.category_path else "" for item in items]
         told: list[tuple[int, float] | None] = [
             (item.rating_count, item.rating_mean or 0.0) if item.rating_count else None for item in items
@@ -186,28 +160,11 @@ class ItemPortraits:
             [pair for pair in told if pair] or of_log,
         )
         return _Shop(
-            [item.item_id for item in items],
             {item.item_id: place for place, item in enumerate(items)},
             categories,
             told,
             counts,
             baskets,
             means,
-            text_ND,
-            fuse([(text_ND, TEXT_WEIGHT), (trait_encoder.encode(traits), ATTRIBUTE_WEIGHT)]),
-            f"{encoder.version}-{trait_encoder.version}",
             now_us,
         )
-
-
-def text_of(item: Item) -> str:
-    """Returns what is said of an item: the title weighs most, for it comes first and long texts are cut."""
-    words = [f"{a.key} {a.value}" for a in item.attributes if isinstance(a.value, str)]
-    return " ".join([item.title, item.brand, *words, item.description]).strip()
-
-
-def traits_of(item: Item) -> str:
-    """Returns the category path, brand and attributes of an item, one a word."""
-    steps = ["cat:" + ">".join(item.category_path[:depth]) for depth in range(1, len(item.category_path) + 1)]
-    brand = [f"brand:{item.brand}"] if item.brand else []
-    return " ".join([*steps, *brand, *(f"{a.key}={a.value}" for a in item.attributes), *item.tags])

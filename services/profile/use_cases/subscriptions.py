@@ -7,7 +7,7 @@ told yet. Names coalesce, so a slow watcher costs at most one entry a name, and 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -145,6 +145,11 @@ class Subscriptions(Generic[Key]):
         changed, removed = list(changed), list(removed)
         for subscription in self._copy():
             subscription.offer(changed, removed, watermark, time_us)
+
+    def offer(self, changed: Sequence[Key]) -> None:
+        """Offers names to every watcher, and moves no watermark."""
+        for subscription in self._copy():
+            subscription.offer(changed, (), None, 0)
 
     def reset(self) -> None:
         """Resets every watcher."""

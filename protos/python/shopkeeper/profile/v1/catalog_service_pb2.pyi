@@ -13,6 +13,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import error_details_pb2 as _error_details_pb2
 from shopkeeper.profile.v1 import item_import_pb2 as _item_import_pb2
 from shopkeeper.profile.v1 import item_pb2 as _item_pb2
+from shopkeeper.profile.v1 import item_portrait_pb2 as _item_portrait_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -614,19 +615,26 @@ class WatchItemsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    WITH_VECTORS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """The last non-empty watermark received on an earlier stream: only changes
     since then are sent. Empty: the whole catalogue is sent first, after a
     message whose `reset` is true.
     """
+    with_vectors: _builtins.bool
+    """Whether the vectors of items are sent, too: of all items at the beginning of
+    the stream, before `snapshot_complete` and also after a `resume_token`, and
+    of an item again when its vector is new.
+    """
     def __init__(
         self,
         *,
         resume_token: _builtins.bytes = ...,
+        with_vectors: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token", "with_vectors", b"with_vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -643,6 +651,8 @@ class WatchItemsResponse(_message.Message):
     WATERMARK_FIELD_NUMBER: _builtins.int
     SNAPSHOT_COMPLETE_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
+    VECTOR_VERSION_FIELD_NUMBER: _builtins.int
     watermark: _builtins.bytes
     """Where the stream stands: every change committed before it has been sent.
     Empty in a message that is followed at once by more of the same.
@@ -655,6 +665,11 @@ class WatchItemsResponse(_message.Message):
     """Whether everything learnt from earlier streams must be dropped: the whole
     catalogue follows.
     """
+    vector_version: _builtins.str
+    """The space of the `vectors` of this message: those of two versions do not
+    compare, and who holds some of an earlier version drops them. Empty without
+    vectors.
+    """
     @_builtins.property
     def upserted(self) -> _containers.RepeatedCompositeFieldContainer[_item_pb2.Item]:
         """Items as they are now, without `image_bytes`; at most 1,000 in a message,
@@ -665,6 +680,13 @@ class WatchItemsResponse(_message.Message):
     def deleted_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Items that were deleted; at most 1,000 in a message."""
 
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedCompositeFieldContainer[_item_portrait_pb2.ItemVector]:
+        """Vectors of items, after the items that they are of; at most 500 in a message.
+        Only when asked for. An item has its vector within a second of its write
+        from its words and traits, and a better one when encoders have read it.
+        """
+
     def __init__(
         self,
         *,
@@ -673,10 +695,12 @@ class WatchItemsResponse(_message.Message):
         watermark: _builtins.bytes = ...,
         snapshot_complete: _builtins.bool = ...,
         reset: _builtins.bool = ...,
+        vectors: _abc.Iterable[_item_portrait_pb2.ItemVector] | None = ...,
+        vector_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_item_ids", b"deleted_item_ids", "reset", b"reset", "snapshot_complete", b"snapshot_complete", "upserted", b"upserted", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_item_ids", b"deleted_item_ids", "reset", b"reset", "snapshot_complete", b"snapshot_complete", "upserted", b"upserted", "vector_version", b"vector_version", "vectors", b"vectors", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

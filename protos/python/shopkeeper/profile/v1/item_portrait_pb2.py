@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shopkeeper.profile.v1 import user_portrait_pb2 as shopkeeper_dot_profile_dot_v1_dot_user__portrait__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)shopkeeper/profile/v1/item_portrait.proto\x12\x15shopkeeper.profile.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)shopkeeper/profile/v1/user_portrait.proto\"\x9e\x05\n\x0cItemPortrait\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x35\n\x0btext_vector\x18\x02 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x36\n\x0cimage_vector\x18\x03 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x36\n\x0c\x66used_vector\x18\x04 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x33\n\npopularity\x18\x05 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12!\n\x19popularity_half_life_days\x18\x06 \x01(\x01\x12\x38\n\x0f\x63onversion_rate\x18\x07 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12\x39\n\x10price_percentile\x18\x08 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12/\n\x06rating\x18\t \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12\x34\n\x0breturn_rate\x18\n \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12:\n\x0c\x63o_purchased\x18\x0b \x03(\x0b\x32$.shopkeeper.profile.v1.ItemNeighbour\x12\x35\n\x07similar\x18\x0c \x03(\x0b\x32$.shopkeeper.profile.v1.ItemNeighbour\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"G\n\rItemNeighbour\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\x0e\x65vidence_count\x18\x03 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)shopkeeper/profile/v1/item_portrait.proto\x12\x15shopkeeper.profile.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)shopkeeper/profile/v1/user_portrait.proto\"\x9e\x05\n\x0cItemPortrait\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x35\n\x0btext_vector\x18\x02 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x36\n\x0cimage_vector\x18\x03 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x36\n\x0c\x66used_vector\x18\x04 \x01(\x0b\x32 .shopkeeper.profile.v1.Embedding\x12\x33\n\npopularity\x18\x05 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12!\n\x19popularity_half_life_days\x18\x06 \x01(\x01\x12\x38\n\x0f\x63onversion_rate\x18\x07 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12\x39\n\x10price_percentile\x18\x08 \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12/\n\x06rating\x18\t \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12\x34\n\x0breturn_rate\x18\n \x01(\x0b\x32\x1f.shopkeeper.profile.v1.Estimate\x12:\n\x0c\x63o_purchased\x18\x0b \x03(\x0b\x32$.shopkeeper.profile.v1.ItemNeighbour\x12\x35\n\x07similar\x18\x0c \x03(\x0b\x32$.shopkeeper.profile.v1.ItemNeighbour\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\nItemVector\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0e\n\x06values\x18\x02 \x03(\x02\"G\n\rItemNeighbour\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\x0e\x65vidence_count\x18\x03 \x01(\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ITEMPORTRAIT']._serialized_start=145
   _globals['_ITEMPORTRAIT']._serialized_end=815
-  _globals['_ITEMNEIGHBOUR']._serialized_start=817
-  _globals['_ITEMNEIGHBOUR']._serialized_end=888
+  _globals['_ITEMVECTOR']._serialized_start=817
+  _globals['_ITEMVECTOR']._serialized_end=862
+  _globals['_ITEMNEIGHBOUR']._serialized_start=864
+  _globals['_ITEMNEIGHBOUR']._serialized_end=935
 # @@protoc_insertion_point(module_scope)

@@ -121,6 +121,34 @@ class ItemPortrait(_message.Message):
 Global___ItemPortrait: _TypeAlias = ItemPortrait  # noqa: Y015
 
 @_typing.final
+class ItemVector(_message.Message):
+    """An item as one vector: the `fused_vector` of its portrait."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """The item."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The components, of unit length together. All vectors have as many."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemVector: _TypeAlias = ItemVector  # noqa: Y015
+
+@_typing.final
 class ItemNeighbour(_message.Message):
     """An item next to another."""
 

@@ -851,10 +851,16 @@ class ChurnAlert(_message.Message):
     PREVIOUS_PROBABILITY_FIELD_NUMBER: _builtins.int
     ALERT_TIME_FIELD_NUMBER: _builtins.int
     ALERT_TOKEN_FIELD_NUMBER: _builtins.int
+    ERASED_FIELD_NUMBER: _builtins.int
     previous_probability: _builtins.float
     """The probability before."""
     alert_token: _builtins.str
-    """Resumes the stream behind this alert."""
+    """Resumes the stream behind this alert. Empty in an erasure."""
+    erased: _builtins.bool
+    """Whether the shopper was erased: who keeps alerts forgets theirs. Only
+    `risk.user_key` is set beside it. Told of everybody who is erased while the
+    stream is open; a resumed stream begins with everybody who ever was.
+    """
     @_builtins.property
     def risk(self) -> _user_portrait_pb2.ChurnRisk:
         """Who, how likely, why, and what to do about it."""
@@ -870,10 +876,11 @@ class ChurnAlert(_message.Message):
         previous_probability: _builtins.float = ...,
         alert_time: _timestamp_pb2.Timestamp | None = ...,
         alert_token: _builtins.str = ...,
+        erased: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["alert_time", b"alert_time", "risk", b"risk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_time", b"alert_time", "alert_token", b"alert_token", "previous_probability", b"previous_probability", "risk", b"risk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alert_time", b"alert_time", "alert_token", b"alert_token", "erased", b"erased", "previous_probability", b"previous_probability", "risk", b"risk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

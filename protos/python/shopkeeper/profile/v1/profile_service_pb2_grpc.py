@@ -269,7 +269,7 @@ class ProfileServiceServicer:
     def WatchChurnAlerts(self, request, context):
         """Streams an alert whenever a shopper crosses the threshold upwards. All
         shoppers are scored anew every few minutes, and probabilities compared by the
-        whole percent; alerts are kept for 30 days.
+        whole percent; alerts are kept for 30 days. Erasures are told, too.
 
         Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """

@@ -121,7 +121,7 @@ class ProfileServiceStub:
     WatchChurnAlerts: _grpc.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]
     """Streams an alert whenever a shopper crosses the threshold upwards. All
     shoppers are scored anew every few minutes, and probabilities compared by the
-    whole percent; alerts are kept for 30 days.
+    whole percent; alerts are kept for 30 days. Erasures are told, too.
 
     Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
@@ -245,7 +245,7 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     WatchChurnAlerts: _aio.UnaryStreamMultiCallable[_profile_service_pb2.WatchChurnAlertsRequest, _profile_service_pb2.ChurnAlert]  # type: ignore[assignment]
     """Streams an alert whenever a shopper crosses the threshold upwards. All
     shoppers are scored anew every few minutes, and probabilities compared by the
-    whole percent; alerts are kept for 30 days.
+    whole percent; alerts are kept for 30 days. Erasures are told, too.
 
     Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
     """
@@ -444,7 +444,7 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_profile_service_pb2.ChurnAlert], _abc.AsyncIterator[_profile_service_pb2.ChurnAlert]]:
         """Streams an alert whenever a shopper crosses the threshold upwards. All
         shoppers are scored anew every few minutes, and probabilities compared by the
-        whole percent; alerts are kept for 30 days.
+        whole percent; alerts are kept for 30 days. Erasures are told, too.
 
         Fails with `NO_CHURN_MODEL`, `TOO_MANY_STREAMS`.
         """

@@ -872,15 +872,34 @@ class WinBackAction(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     ITEM_IDS_FIELD_NUMBER: _builtins.int
     SUCCESS_RATE_FIELD_NUMBER: _builtins.int
+    SUCCESS_COUNT_FIELD_NUMBER: _builtins.int
+    SUCCESS_RATE_LOW_FIELD_NUMBER: _builtins.int
+    SUCCESS_RATE_HIGH_FIELD_NUMBER: _builtins.int
     kind: Global___WinBackActionKind.ValueType
     """What to do."""
+    success_count: _builtins.int
+    """The similar shoppers who came back to it."""
+    success_rate_low: _builtins.float
+    """The 95 % interval of `success_rate` (Wilson, 1927), in [0, 1]. From 0 to 1
+    where nothing is known.
+    """
+    success_rate_high: _builtins.float
+    """The upper end of that interval."""
     @_builtins.property
     def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The items to do it with, best first, drawn from recommend; at most 10."""
+        """The items to do it with, best first, drawn from recommend; at most 10. Empty
+        where recommend is away, and in pages of more than 50 shoppers.
+        """
 
     @_builtins.property
     def success_rate(self) -> Global___Estimate:
-        """The share of similar shoppers who came back after it."""
+        """The share of similar shoppers who came back to it: of those who were as
+        likely to leave for the same strongest reason at earlier moments, and bought
+        again within the horizon, first what they had bought before (a reminder) or
+        what was new to them (recommended items). What happened, not what the action
+        caused. Its evidence count is the similar shoppers; 0 with a value of 0: not
+        known, for they are fewer than 20, or the log does not tell (calls).
+        """
 
     def __init__(
         self,
@@ -888,10 +907,13 @@ class WinBackAction(_message.Message):
         kind: Global___WinBackActionKind.ValueType = ...,
         item_ids: _abc.Iterable[_builtins.str] | None = ...,
         success_rate: Global___Estimate | None = ...,
+        success_count: _builtins.int = ...,
+        success_rate_low: _builtins.float = ...,
+        success_rate_high: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["success_rate", b"success_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "kind", b"kind", "success_rate", b"success_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "kind", b"kind", "success_count", b"success_count", "success_rate", b"success_rate", "success_rate_high", b"success_rate_high", "success_rate_low", b"success_rate_low"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
