@@ -5,6 +5,8 @@ Usage:
     python -m services.profile migrate    brings the schema to the newest version
     python -m services.profile train-churn [--horizon-days DAYS]
                                           trains a churn model on the log and publishes it
+    python -m services.profile export-vectors FILE.npz
+                                          writes the vectors of all items for a training run
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import grpc
+import numpy as np
 from shopkeeper.profile.v1 import (
     catalog_service_pb2,
     catalog_service_pb2_grpc,
@@ -25,6 +29,7 @@ from shopkeeper.profile.v1 import (
     profile_service_pb2_grpc,
 )
 
+from services.profile.clients.embeddings import RecommendEmbeddings
 from services.profile.clients.encoders import image_encoder, text_encoder
 from services.profile.clients.suggestions import RecommendSuggestions
 from services.profile.converters.churn import ChurnConverter
@@ -33,6 +38,7 @@ from services.profile.converters.items import encode_item
 from services.profile.converters.profiles import ProfileConverter
 from services.profile.converters.segments import SegmentConverter
 from services.profile.domain.churn_risk import ChurnRisk
+from services.profile.domain.content_space import DIMENSION
 from services.profile.domain.events import Vocabulary
 from services.profile.metrics import PrometheusMetrics
 from services.profile.servicer.catalog import CatalogServicer
@@ -155,6 +161,7 @@ class Profile:
             catalogue.facts,
             lambda: population.current,
             clock_us,
+            RecommendEmbeddings(channel),
         )
         converter = ProfileConverter(pseudonymizer, signer, items, currencies, profiles.summary)
         churn = ChurnWatch(
@@ -333,6 +340,10 @@ def main() -> None:
     if arguments[:1] == ["train-churn"]:
         train_and_publish(settings, _horizon_days(arguments[1:]))
         return
+    if arguments[:1] == ["export-vectors"] and len(arguments) == 2:
+        count = export_vectors(settings, Path(arguments[1]))
+        print(f"vectors of {count} items")
+        return
     if arguments not in ([], ["serve"]):
         print(__doc__, file=sys.stderr)
         raise SystemExit(2)
@@ -387,6 +398,45 @@ def train_and_publish(settings: ProfileSettings, horizon_days: int) -> str:
     for reason in gate_reasons(model):
         print(f"  {reason}")
     return version
+
+
+def export_vectors(settings: ProfileSettings, path: Path) -> int:
+    """Writes `item_ids` (N,) and `vectors` (N, D), float32, as `numpy.savez` does, and returns N.
+
+    A vector is an item's fused vector, of what encoders have read by now; items without one are left out.
+
+    Raises:
+        FailedPrecondition: an encoder that is chosen is not installed.
+        Unavailable: the database does not answer.
+    """
+    database = Database(resolve_url(settings), schema="profile", pool_size=2)
+    store = catalogue_storage.PostgresCatalogue(database)
+    try:
+        vectors = ItemVectors(
+            PostgresContents(database),
+            text_encoder(settings.text_encoder),
+            image_encoder(settings.image_encoder),
+            lambda _item_ids: None,
+        )
+        item_ids = [
+            stored.item.item_id for part in store.load() for stored in part.items if not stored.item.deleted
+        ]
+        vectors.touch(item_ids)
+        if not vectors.load_space():
+            vectors.fit_space()
+            vectors.load_space()
+        _, found = vectors.of(item_ids)
+    finally:
+        store.close()
+        database.close()
+    values = np.frombuffer(b"".join(packed for _, packed in found), "<f4")
+    with path.open("wb") as stream:
+        np.savez(
+            stream,
+            item_ids=np.array([item_id for item_id, _ in found], np.str_),
+            vectors=values.reshape(len(found), DIMENSION),
+        )
+    return len(found)
 
 
 def _horizon_days(arguments: list[str]) -> int:

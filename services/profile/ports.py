@@ -18,6 +18,7 @@ from services.profile.domain.item_imports import (
     ItemImportProgress,
     ItemPart,
 )
+from services.profile.domain.item_portrait import Vector
 from services.profile.domain.items import Item, ItemFilter, ItemWrite, WriteResult
 from services.profile.domain.purchase_log import PurchaseLog
 from services.profile.domain.rebuilds import FoldedShopper, Rebuild
@@ -399,6 +400,14 @@ class Suggestions(Protocol):
 
     def items(self, user_keys: Sequence[UserKey], count: int) -> list[list[str]]:
         """Returns item ids for each shopper, the best first; none where nothing can be said. Never fails."""
+        ...
+
+
+class UserEmbeddings(Protocol):
+    """Shoppers as the sequence model in service sees them."""
+
+    def of(self, user_keys: Sequence[UserKey]) -> list[Vector | None]:
+        """Returns the vector of each; None where none is known, or nobody can be asked. Never fails."""
         ...
 
 

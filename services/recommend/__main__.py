@@ -35,6 +35,7 @@ from services.recommend.servicer import COMPUTING_METHODS, SERVICE_NAME, Recomme
 from services.recommend.settings import RecommendSettings
 from services.recommend.storage import BundleModel, DocumentDirectory, ModelPool, ModelWatcher
 from services.recommend.use_cases.configs import ServingConfigs
+from services.recommend.use_cases.embedding import UserEmbedder
 from services.recommend.use_cases.explainer import Explainer
 from services.recommend.use_cases.histories import HistoryReader
 from services.recommend.use_cases.recommender import Recommender
@@ -128,9 +129,11 @@ class RecommendService:
             clock,
             on_refused=_refused_document,
         )
+        worlds = Worlds(self._model_pool, self.catalog_store, index)
+        histories = HistoryReader(self.profiles, clock, aside=lambda: self.server.waiting())
         recommender = Recommender(
-            worlds=Worlds(self._model_pool, self.catalog_store, index),
-            histories=HistoryReader(self.profiles, clock, aside=lambda: self.server.waiting()),
+            worlds=worlds,
+            histories=histories,
             counts=counts,
             filters=filters,
             catalog_stream=self.catalog,
@@ -147,6 +150,7 @@ class RecommendService:
             signer=signer,
             recommender=recommender,
             explainer=Explainer(recommender),
+            embedder=UserEmbedder(worlds, histories, clock),
             configs=self.configs,
             status=StatusReader(self._model_pool, self.profiles, self.catalog, clock),
             budget_seconds=settings.answer_budget_seconds,

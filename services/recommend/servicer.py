@@ -17,6 +17,7 @@ from services.recommend.converters.configuration import ConfigurationConverter, 
 from services.recommend.converters.requests import RequestConverter, check_name, check_page_size
 from services.recommend.converters.responses import (
     degradation_of,
+    embeddings_of,
     explanation_of,
     rehearsal_of,
     response_of,
@@ -25,6 +26,7 @@ from services.recommend.converters.responses import (
 )
 from services.recommend.domain.recommendation import SNAPSHOT_CHANGED, ListKind
 from services.recommend.use_cases.configs import ServingConfigs
+from services.recommend.use_cases.embedding import UserEmbedder
 from services.recommend.use_cases.explainer import Explainer
 from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.rehearsal import Rehearser
@@ -44,6 +46,7 @@ COMPUTING_METHODS = (
     "Trending",
     "RecommendForCart",
     "Explain",
+    "EmbedUsers",
 )
 """Calls that compute, and have few threads of their own."""
 
@@ -102,6 +105,7 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         signer: TokenSigner,
         recommender: Recommender,
         explainer: Explainer,
+        embedder: UserEmbedder,
         configs: ServingConfigs,
         status: StatusReader,
         budget_seconds: float,
@@ -112,6 +116,7 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
         self._signer = signer
         self._recommender = recommender
         self._explainer = explainer
+        self._embedder = embedder
         self._configs = configs
         self._status = status
         self._budget_seconds = budget_seconds
@@ -143,6 +148,12 @@ class RecommendServicer(recommend_service_pb2_grpc.RecommendServiceServicer):
     def Explain(self, request: pb.ExplainRequest, context: grpc.ServicerContext) -> pb.ExplainResponse:
         query, item_id = self._converter.explain_query(request)
         return explanation_of(self._explainer.explain(query, item_id, self._budget(context)))
+
+    def EmbedUsers(
+        self, request: pb.EmbedUsersRequest, context: grpc.ServicerContext
+    ) -> pb.EmbedUsersResponse:
+        user_keys = self._converter.embedded_users(request)
+        return embeddings_of(*self._embedder.embed(user_keys, self._budget(context)))
 
     def GetModelStatus(
         self, request: pb.GetModelStatusRequest, context: grpc.ServicerContext

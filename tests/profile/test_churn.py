@@ -19,7 +19,8 @@ from shopkeeper.profile.v1 import profile_service_pb2_grpc, user_portrait_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2, recommend_service_pb2_grpc, recommendation_pb2
 
 from services.profile.__main__ import Profile, train_and_publish
-from services.profile.clients.suggestions import BREAKER_SECONDS, RecommendSuggestions
+from services.profile.clients.breaker import BREAKER_SECONDS
+from services.profile.clients.suggestions import RecommendSuggestions
 from services.profile.converters.churn import draw_items
 from services.profile.domain.boosted_trees import BoostedTrees, BoostingParameters
 from services.profile.domain.churn_features import COLUMN, DAY_US, churn_examples

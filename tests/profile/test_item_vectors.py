@@ -14,7 +14,7 @@ import pytest
 from shopkeeper.profile.v1 import catalog_service_pb2 as pb
 from shopkeeper.profile.v1 import item_pb2, item_portrait_pb2
 
-from services.profile.__main__ import Profile
+from services.profile.__main__ import Profile, export_vectors
 from services.profile.clients.encoders import (
     E5TextEncoder,
     EfficientNetImageEncoder,
@@ -25,6 +25,7 @@ from services.profile.clients.encoders import (
 from services.profile.domain import efficientnet_lite
 from services.profile.domain.content_space import Amounts, Contents, ContentSpace, Projection, fused
 from services.profile.domain.content_vectors import unit
+from services.profile.settings import ProfileSettings
 from shared.errors import FailedPrecondition
 from tests.profile.conftest import Shop, eventually, item
 
@@ -171,6 +172,22 @@ def test_a_deleted_item_is_nobodys_neighbour(shop: Shop) -> None:
     watcher.stream.cancel()
     shop.catalog.DeleteItems(pb.DeleteItemsRequest(item_ids=["dress-en"]), timeout=20)
     eventually(lambda: "dress-en" not in {n.item_id for n in portrait(shop, "drill").similar})
+
+
+def test_the_vectors_of_all_items_are_written_for_a_training_run(
+    shop: Shop, database_url: str, keys_dir: Path, tmp_path: Path
+) -> None:
+    upsert(shop, CHINESE, ENGLISH, DRILL)
+    watcher = Watcher(shop)
+    eventually(lambda: len(watcher.vectors) == 3)
+    settings = ProfileSettings(database_url=database_url, keys=keys_dir)
+    assert export_vectors(settings, tmp_path / "items.npz") == 3
+    with np.load(tmp_path / "items.npz", allow_pickle=False) as written:
+        exported = dict(zip(written["item_ids"].tolist(), written["vectors"], strict=True))
+    assert exported.keys() == watcher.vectors.keys()
+    for item_id, vector in watcher.vectors.items():
+        assert np.array_equal(exported[item_id], vector)
+    watcher.stream.cancel()
 
 
 # With encoders

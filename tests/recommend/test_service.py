@@ -64,6 +64,31 @@ class TestWhatIsRecommended:
         shop.profile.record(shop.user_key("ann"), ("shoe-2", VIEW))
         eventually(lambda: ids(recommend(shop, user_id="ann", page_size=3))[0].startswith("shoe"))
 
+    def test_a_shopper_as_a_vector_is_what_the_version_in_service_sees_now(self, shop: Shop) -> None:
+        key, stranger = shop.user_key("ann"), shop.user_key("nobody")
+        shop.profile.record(key, ("shoe-2", VIEW))
+        eventually(lambda: recommend(shop, user_id="ann").freshness.events_used == 1)
+        answer = shop.stub.EmbedUsers(pb.EmbedUsersRequest(user_keys=[stranger, key]), timeout=5)
+        assert answer.model_version
+        assert list(answer.embeddings[0].values) == []
+        # The encoder of this bundle adds up the history's vectors.
+        assert answer.embeddings[1].values == pytest.approx([0.0, 2.5], abs=1e-5)
+        assert [one.event_count for one in answer.embeddings] == [0, 1]
+        shop.profile.record(key, ("tea-1", VIEW))
+        eventually(
+            lambda: (
+                shop.stub.EmbedUsers(pb.EmbedUsersRequest(user_keys=[key]), timeout=5)
+                .embeddings[0]
+                .event_count
+                == 2
+            )
+        )
+
+    def test_a_question_for_vectors_of_nobody_or_of_what_is_no_key_is_refused(self, shop: Shop) -> None:
+        for user_keys in ([], [b"short"], [bytes(16)] * 101):
+            error = failure(lambda keys=user_keys: shop.stub.EmbedUsers(pb.EmbedUsersRequest(user_keys=keys)))
+            assert isinstance(error, InvalidInput)
+
     def test_a_context_event_counts_at_once(self, shop: Shop) -> None:
         answer = recommend(shop, context_events=[{"item_id": "shoe-2"}], page_size=1)
         assert ids(answer)[0].startswith("shoe")

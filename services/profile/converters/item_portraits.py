@@ -29,8 +29,11 @@ def item_portrait(portrait: ItemPortrait) -> item_portrait_pb2.ItemPortrait:
 
 
 def _embedding(vector: Vector | None) -> user_portrait_pb2.Embedding | None:
-    if vector is None:
-        return None
+    return None if vector is None else embedding(vector)
+
+
+def embedding(vector: Vector) -> user_portrait_pb2.Embedding:
+    """Returns the message of a vector."""
     return user_portrait_pb2.Embedding(values=vector.values, model=vector.model, model_version=vector.version)
 
 

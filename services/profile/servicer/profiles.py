@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grpc
 from google.protobuf import empty_pb2
@@ -19,6 +19,7 @@ from shopkeeper.profile.v1 import (
 
 from services.profile.converters.churn import ChurnConverter, churn_model, churn_risk, draw_items
 from services.profile.converters.item_imports import request_id_of
+from services.profile.converters.item_portraits import embedding
 from services.profile.converters.profiles import ProfileConverter, comparison, invalid
 from services.profile.converters.rebuilds import rebuild_message
 from services.profile.converters.segment_language import parse_filter
@@ -29,6 +30,7 @@ from services.profile.use_cases.churn import ChurnWatch, Erasure, Members, Score
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.rebuilds import ManageRebuilds
 from services.profile.use_cases.segments import SegmentMembers, Segments
+from shared.identity import UserKey
 from shared.server import time_remaining_seconds
 from shared.tokens import Watermark
 
@@ -75,7 +77,10 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         user_key = self._converter.user_key(request)
         token = self._converter.token(request.consistency_token)
         read = self._profiles.read([user_key], token, self._patience(context))
-        return self._profile(read.readings[0], read.watermark, request.view)
+        profile = self._profile(read.readings[0], read.watermark, request.view)
+        if request.with_embedding:
+            self._embed([profile])
+        return profile
 
     def BatchGetProfiles(
         self, request: pb.BatchGetProfilesRequest, context: grpc.ServicerContext
@@ -84,9 +89,10 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         user_keys = self._converter.user_keys(request)
         token = self._converter.token(request.consistency_token)
         read = self._profiles.read(user_keys, token, self._patience(context))
-        return pb.BatchGetProfilesResponse(
-            profiles=[self._profile(reading, read.watermark, request.view) for reading in read.readings]
-        )
+        profiles = [self._profile(reading, read.watermark, request.view) for reading in read.readings]
+        if request.with_embedding:
+            self._embed(profiles)
+        return pb.BatchGetProfilesResponse(profiles=profiles)
 
     def WatchProfiles(
         self, request: pb.WatchProfilesRequest, context: grpc.ServicerContext
@@ -239,6 +245,13 @@ class ProfileServicer(profile_service_pb2_grpc.ProfileServiceServicer):
         if profile.HasField("portrait") and (known := self._churn.risk_of(user_key)) is not None:
             profile.portrait.churn_risk.CopyFrom(_risk_message(*known))
         return profile
+
+    def _embed(self, profiles: Sequence[pb.Profile]) -> None:
+        portrayed = [profile for profile in profiles if profile.HasField("portrait")]
+        vectors = self._profiles.embeddings([UserKey(profile.user_key) for profile in portrayed])
+        for profile, vector in zip(portrayed, vectors, strict=True):
+            if vector is not None:
+                profile.portrait.embedding.CopyFrom(embedding(vector))
 
     def _members_of(self, requested_segment: str) -> Members | None:
         if not requested_segment:

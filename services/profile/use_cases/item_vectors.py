@@ -142,10 +142,7 @@ class ItemVectors:
                 for model in models:
                     self._dirty |= dict.fromkeys(self._waiting.pop((model, digest), ()))
         self._watermark = new.watermark
-        if new.space_version and (self._matrix is None or self._matrix.space.version != new.space_version):
-            space = self._store.space(new.space_version)
-            if space is not None:
-                self._move_to(space)
+        self.load_space(new.space_version)
         with self._lock:
             item_ids = list(islice(self._dirty, ITEMS_AT_ONCE))
             for item_id in item_ids:
@@ -171,6 +168,19 @@ class ItemVectors:
         self.wake_worker()
         return 0.02 if len(item_ids) == ITEMS_AT_ONCE else 0.0
 
+    def load_space(self, version: str | None = None) -> bool:
+        """Moves to the space in force, if it is another; returns whether there is one.
+
+        Raises:
+            Unavailable: the database does not answer.
+        """
+        version = self._store.new_vectors(None).space_version if version is None else version
+        if version and (self._matrix is None or self._matrix.space.version != version):
+            space = self._store.space(version)
+            if space is not None:
+                self._move_to(space)
+        return self._matrix is not None
+
     def work(self) -> bool:
         """Fits a space, or encodes some contents, where one is due; returns whether there was anything to do.
 
@@ -179,7 +189,7 @@ class ItemVectors:
         """
         if self._stopping.is_set():
             return False
-        return self._fit_if_due() or self._encode_texts() or self._encode_pictures()
+        return self.fit_space() or self._encode_texts() or self._encode_pictures()
 
     def wait_for(self, item_id: str, timeout_seconds: float) -> bool:
         """Waits until an item has its vector; returns whether it has."""
@@ -309,7 +319,8 @@ class ItemVectors:
                     self._waiting.setdefault((encoder.model, digest), set()).add(item.item_id)
         return vector_NE
 
-    def _fit_if_due(self) -> bool:
+    def fit_space(self) -> bool:
+        """Fits a space where one is due, and puts it in force; returns whether it did. Raises as `work` does."""
         with self._lock:
             if self._dirty and self._matrix is not None:
                 return False

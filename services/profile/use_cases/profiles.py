@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from services.profile.domain.comparison import Comparison, compare
 from services.profile.domain.events import NO_ITEM, Vocabulary
+from services.profile.domain.item_portrait import Vector
 from services.profile.domain.messages import ProfilesMessage, Reading
 from services.profile.domain.population import Population
 from services.profile.domain.portrait import ItemLookup, Portrait, Summary
 from services.profile.domain.portrait_fold import fold_portrait, fold_summary
-from services.profile.ports import Merges
+from services.profile.ports import Merges, UserEmbeddings
 from services.profile.use_cases.follow_log import LogFollower
 from services.profile.use_cases.live_histories import LiveHistories
 from services.profile.use_cases.merged_users import MergedUsers
@@ -45,8 +46,10 @@ class Profiles:
         lookup: ItemLookup,
         population: Callable[[], Population],
         clock_us: Callable[[], int],
+        embeddings: UserEmbeddings,
     ) -> None:
         self._follower = follower
+        self._embeddings = embeddings
         self._histories = histories
         self._merged = merged
         self._merges = merges
@@ -117,9 +120,21 @@ class Profiles:
             Unavailable, DeadlineExceeded: see `read`.
         """
         one, other = self.read([first, second], None, timeout_seconds).readings
+        vectors = self.embeddings([self.stands_for(first), self.stands_for(second)])
+        pair = None
+        if vectors[0] is not None and vectors[1] is not None and vectors[0].version == vectors[1].version:
+            pair = vectors[0].values, vectors[1].values
         return compare(
-            self.portrait(one), self.portrait(other), self._items_touched(one), self._items_touched(other)
+            self.portrait(one),
+            self.portrait(other),
+            self._items_touched(one),
+            self._items_touched(other),
+            pair,
         )
+
+    def embeddings(self, user_keys: Sequence[UserKey]) -> list[Vector | None]:
+        """Returns shoppers as the sequence model sees them now; None where that is not known."""
+        return self._embeddings.of(user_keys)
 
     @staticmethod
     def _items_touched(reading: Reading) -> set[int]:

@@ -31,6 +31,7 @@ MAX_LISTED_ITEMS = 1_000
 MAX_TOGETHER_ITEMS = 100
 MAX_VARIANT_BYTES = 128
 MAX_BATCH_USERS = 10_000
+MAX_EMBEDDED_USERS = 100
 MIN_WINDOW_SECONDS = 600
 MAX_WINDOW_SECONDS = 30 * 86_400
 DEFAULT_WINDOW_SECONDS = 86_400
@@ -174,6 +175,18 @@ class RequestConverter:
             check.wrong("request.page_token", "must be empty: the first page is explained")
         check.finish()
         return self.query(ListKind.RECOMMEND, request.request, "request."), item_id[0]
+
+    def embedded_users(self, request: pb.EmbedUsersRequest) -> list[UserKey]:
+        """Returns the shoppers of an EmbedUsers request; raises InvalidInput."""
+        check = Checker("")
+        if not 1 <= len(request.user_keys) <= MAX_EMBEDDED_USERS:
+            check.wrong("user_keys", f"has {len(request.user_keys)} entries; send 1 to {MAX_EMBEDDED_USERS}")
+        user_keys = []
+        for index, user_key in enumerate(request.user_keys[:MAX_EMBEDDED_USERS]):
+            with check.catching():
+                user_keys.append(parse_user_key(user_key, f"user_keys[{index}]"))
+        check.finish()
+        return user_keys
 
     def page_token(self, query: Query, page: Page | None) -> str:
         """Returns the signed token of a page, "" for None."""

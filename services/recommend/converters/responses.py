@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
 
+from services.recommend.domain.embedding import UserEmbedding
 from services.recommend.domain.recommendation import (
     Answer,
     Degradation,
@@ -325,3 +327,16 @@ def status_of(status: ServiceStatus) -> pb.GetModelStatusResponse:
         if stream.last_message_time is not None:
             message.last_message_time.CopyFrom(timestamp_of(stream.last_message_time))
     return response
+
+
+def embeddings_of(version: str, embeddings: Sequence[UserEmbedding]) -> pb.EmbedUsersResponse:
+    """Returns the message of shoppers as vectors."""
+    return pb.EmbedUsersResponse(
+        model_version=version,
+        embeddings=[
+            pb.UserEmbedding(
+                values=[] if one.query_D is None else one.query_D.tolist(), event_count=one.event_count
+            )
+            for one in embeddings
+        ],
+    )

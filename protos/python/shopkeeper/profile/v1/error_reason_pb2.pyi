@@ -112,6 +112,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     lacks a column. `INVALID_ARGUMENT` with `google.rpc.BadRequest`; also the
     `failure_reason` of an import whose file broke off. Remedy: see the message.
     """
+    ERROR_REASON_ENCODER_MISSING: _ErrorReason.ValueType  # 25
+    """An encoder that the settings choose is not installed, or its weights are not
+    the known ones; the service does not start. `FAILED_PRECONDITION`. Metadata:
+    `package`. Remedy: build the image with ENCODERS=1, or choose another.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -225,6 +230,11 @@ ERROR_REASON_IMPORT_REFUSED: ErrorReason.ValueType  # 24
 """The file of an import is not below the import directory, cannot be read, or
 lacks a column. `INVALID_ARGUMENT` with `google.rpc.BadRequest`; also the
 `failure_reason` of an import whose file broke off. Remedy: see the message.
+"""
+ERROR_REASON_ENCODER_MISSING: ErrorReason.ValueType  # 25
+"""An encoder that the settings choose is not installed, or its weights are not
+the known ones; the service does not start. `FAILED_PRECONDITION`. Metadata:
+`package`. Remedy: build the image with ENCODERS=1, or choose another.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.

@@ -162,6 +162,7 @@ class GetProfileRequest(_message.Message):
     USER_KEY_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    WITH_EMBEDDING_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The shop's own id of the shopper, 1 to 256 characters."""
     user_key: _builtins.bytes
@@ -173,6 +174,11 @@ class GetProfileRequest(_message.Message):
     includes those events. Waits for the log within the call's deadline. Empty:
     answers at once with what is in memory.
     """
+    with_embedding: _builtins.bool
+    """Whether the portrait shall hold the shopper's embedding, which is computed by
+    recommend for this call: some milliseconds more. Not set in the portrait when
+    recommend does not answer within half a second.
+    """
     def __init__(
         self,
         *,
@@ -180,10 +186,11 @@ class GetProfileRequest(_message.Message):
         user_key: _builtins.bytes = ...,
         view: Global___ProfileView.ValueType = ...,
         consistency_token: _builtins.str = ...,
+        with_embedding: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["user", b"user", "user_id", b"user_id", "user_key", b"user_key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "user", b"user", "user_id", b"user_id", "user_key", b"user_key", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "user", b"user", "user_id", b"user_id", "user_key", b"user_key", "view", b"view", "with_embedding", b"with_embedding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_user: _TypeAlias = _typing.Literal["user_id", "user_key"]  # noqa: Y015
     _WhichOneofArgType_user: _TypeAlias = _typing.Literal["user", b"user"]  # noqa: Y015
@@ -200,9 +207,12 @@ class BatchGetProfilesRequest(_message.Message):
     USERS_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
     CONSISTENCY_TOKEN_FIELD_NUMBER: _builtins.int
+    WITH_EMBEDDING_FIELD_NUMBER: _builtins.int
     view: Global___ProfileView.ValueType
     """How much is wanted of each. Defaults to FULL."""
     consistency_token: _builtins.str
+    """As in `GetProfileRequest`."""
+    with_embedding: _builtins.bool
     """As in `GetProfileRequest`."""
     @_builtins.property
     def users(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserReference]:
@@ -214,10 +224,11 @@ class BatchGetProfilesRequest(_message.Message):
         users: _abc.Iterable[Global___UserReference] | None = ...,
         view: Global___ProfileView.ValueType = ...,
         consistency_token: _builtins.str = ...,
+        with_embedding: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "users", b"users", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency_token", b"consistency_token", "users", b"users", "view", b"view", "with_embedding", b"with_embedding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

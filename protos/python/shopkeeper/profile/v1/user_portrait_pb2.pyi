@@ -302,8 +302,9 @@ class UserPortrait(_message.Message):
 
     @_builtins.property
     def embedding(self) -> Global___Embedding:
-        """The shopper as the sequence model sees them. Not set when no model is in
-        service.
+        """The shopper as the sequence model in service sees them now. Only when asked
+        for (`with_embedding`); not set when no model is in service, or it knows none
+        of the shopper's items.
         """
 
     @_builtins.property

@@ -784,6 +784,90 @@ class ExplainRequest(_message.Message):
 Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
 
 @_typing.final
+class EmbedUsersRequest(_message.Message):
+    """Asks for shoppers as vectors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def user_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Pseudonyms, 1 to 100, 16 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        user_keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_keys", b"user_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedUsersRequest: _TypeAlias = EmbedUsersRequest  # noqa: Y015
+
+@_typing.final
+class EmbedUsersResponse(_message.Message):
+    """Shoppers as vectors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """The version of the model; vectors of different versions do not compare.
+    Empty when none is in service.
+    """
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___UserEmbedding]:
+        """One for each shopper asked for, in that order."""
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        embeddings: _abc.Iterable[Global___UserEmbedding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embeddings", b"embeddings", "model_version", b"model_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EmbedUsersResponse: _TypeAlias = EmbedUsersResponse  # noqa: Y015
+
+@_typing.final
+class UserEmbedding(_message.Message):
+    """One shopper as a vector."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    event_count: _builtins.int
+    """How many events it was made of, 0 or more."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """The components, finite. Empty where the model knows none of the shopper's
+        items, or none is in service.
+        """
+
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+        event_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserEmbedding: _TypeAlias = UserEmbedding  # noqa: Y015
+
+@_typing.final
 class ExplainResponse(_message.Message):
     """Answer of `Explain`."""
 

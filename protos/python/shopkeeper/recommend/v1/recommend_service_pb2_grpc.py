@@ -99,6 +99,11 @@ class RecommendServiceStub:
                 request_serializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.EmbedUsers = channel.unary_unary(
+                '/shopkeeper.recommend.v1.RecommendService/EmbedUsers',
+                request_serializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersRequest.SerializeToString,
+                response_deserializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersResponse.FromString,
+                _registered_method=True)
         self.RehearseRule = channel.unary_unary(
                 '/shopkeeper.recommend.v1.RecommendService/RehearseRule',
                 request_serializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.RehearseRuleRequest.SerializeToString,
@@ -250,6 +255,15 @@ class RecommendServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EmbedUsers(self, request, context):
+        """Returns shoppers as the sequence model in service sees them now: the vector
+        that a recommendation to them begins with. Computed from the events in
+        memory, and kept nowhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RehearseRule(self, request, context):
         """Replays recorded requests with a draft rule and reports which items it
         displaces and what that is expected to change, before the rule goes live.
@@ -384,6 +398,11 @@ def add_RecommendServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainRequest.FromString,
                     response_serializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'EmbedUsers': grpc.unary_unary_rpc_method_handler(
+                    servicer.EmbedUsers,
+                    request_deserializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersRequest.FromString,
+                    response_serializer=shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersResponse.SerializeToString,
             ),
             'RehearseRule': grpc.unary_unary_rpc_method_handler(
                     servicer.RehearseRule,
@@ -684,6 +703,33 @@ class RecommendService:
             '/shopkeeper.recommend.v1.RecommendService/Explain',
             shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainRequest.SerializeToString,
             shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedUsers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shopkeeper.recommend.v1.RecommendService/EmbedUsers',
+            shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersRequest.SerializeToString,
+            shopkeeper_dot_recommend_dot_v1_dot_recommend__service__pb2.EmbedUsersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,11 @@ class RecommendServiceStub:
     """Says why an item is recommended to a shopper, or why not, stage by stage.
     Fails with `NOT_FOUND` (`ITEM_NOT_FOUND`) where nobody knows the item.
     """
+    EmbedUsers: _grpc.UnaryUnaryMultiCallable[_recommend_service_pb2.EmbedUsersRequest, _recommend_service_pb2.EmbedUsersResponse]
+    """Returns shoppers as the sequence model in service sees them now: the vector
+    that a recommendation to them begins with. Computed from the events in
+    memory, and kept nowhere.
+    """
     RehearseRule: _grpc.UnaryUnaryMultiCallable[_recommend_service_pb2.RehearseRuleRequest, _recommend_service_pb2.RehearseRuleResponse]
     """Replays recorded requests with a draft rule and reports which items it
     displaces and what that is expected to change, before the rule goes live.
@@ -186,6 +191,11 @@ class RecommendServiceAsyncStub(RecommendServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_recommend_service_pb2.ExplainRequest, _recommend_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """Says why an item is recommended to a shopper, or why not, stage by stage.
     Fails with `NOT_FOUND` (`ITEM_NOT_FOUND`) where nobody knows the item.
+    """
+    EmbedUsers: _aio.UnaryUnaryMultiCallable[_recommend_service_pb2.EmbedUsersRequest, _recommend_service_pb2.EmbedUsersResponse]  # type: ignore[assignment]
+    """Returns shoppers as the sequence model in service sees them now: the vector
+    that a recommendation to them begins with. Computed from the events in
+    memory, and kept nowhere.
     """
     RehearseRule: _aio.UnaryUnaryMultiCallable[_recommend_service_pb2.RehearseRuleRequest, _recommend_service_pb2.RehearseRuleResponse]  # type: ignore[assignment]
     """Replays recorded requests with a draft rule and reports which items it
@@ -329,6 +339,17 @@ class RecommendServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommend_service_pb2.ExplainResponse, _abc.Awaitable[_recommend_service_pb2.ExplainResponse]]:
         """Says why an item is recommended to a shopper, or why not, stage by stage.
         Fails with `NOT_FOUND` (`ITEM_NOT_FOUND`) where nobody knows the item.
+        """
+
+    @_abc_1.abstractmethod
+    def EmbedUsers(
+        self,
+        request: _recommend_service_pb2.EmbedUsersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommend_service_pb2.EmbedUsersResponse, _abc.Awaitable[_recommend_service_pb2.EmbedUsersResponse]]:
+        """Returns shoppers as the sequence model in service sees them now: the vector
+        that a recommendation to them begins with. Computed from the events in
+        memory, and kept nowhere.
         """
 
     @_abc_1.abstractmethod
