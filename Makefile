@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-quality bench-peers verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-quality bench-peers bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -82,6 +82,9 @@ bench-peers: $(INSTALLED)  ## Our model beside implicit, RecTools and EASE on on
 	  $(PEERS)/bin/pip install --quiet --require-hashes --no-deps -r requirements/peers.txt && touch $(PEERS)/.installed; } \
 	  || { echo "The peers cannot be installed here: skipped." >&2; exit 0; }; \
 	  test ! -e $(PEERS)/.installed || python -m tests.benchmarks.bench_peers --data $(DATA) --python $(PEERS)/bin/python
+
+bench-sizes: $(INSTALLED)  ## Parameters, memory and time of a step of each named size of the model
+	python -m tests.benchmarks.bench_sizes
 
 verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
 	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py

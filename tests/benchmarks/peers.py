@@ -195,9 +195,12 @@ def sampled_softmax_sasrec(split: SplitData, epochs: int) -> Measured:
 
         def forward(self, item_BT: torch.Tensor) -> torch.Tensor:
             real = (item_BT > 0)[:, :, None]
-            x = self.drop(self.items(item_BT) * width**0.5 + self.places.weight[None]) * real
+            x = (
+                self.drop(self.items(item_BT) * width**0.5 + self.places.weight[None, : item_BT.shape[1]])
+                * real
+            )
             for block in self.blocks:
-                x = block(x, self.causal) * real
+                x = block(x, self.causal[: x.shape[1], : x.shape[1]]) * real
             return self.norm(x)
 
     def newest(user_B: np.ndarray, without_last: int) -> np.ndarray:
@@ -218,7 +221,9 @@ def sampled_softmax_sasrec(split: SplitData, epochs: int) -> Measured:
         before = time.process_time()
         model.train()
         for user_B in np.array_split(generator.permutation(learners), max(1, len(learners) // 128)):
-            rows = torch.from_numpy(newest(user_B, 1))
+            # Padded to the longest of the batch, as theirs is.
+            longest = min(int(split.length_U[user_B].max()) - 1, length + 1)
+            rows = torch.from_numpy(newest(user_B, 1)[:, :longest])
             negative_BN = torch.from_numpy(generator.integers(1, split.item_count + 1, (len(user_B), 3000)))
             query_BTD = model(rows[:, :-1])
             target_BT = rows[:, 1:]

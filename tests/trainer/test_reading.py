@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 
-from services.trainer.clients import CatalogueClient, values_of
+from services.trainer.clients import CatalogueClient, bands_of, numbers_of, values_of
 from services.trainer.pipeline.log_reader import decode_rows, read_events
 from shared.database import Database
 from shared.errors import Unimplemented
@@ -89,11 +89,27 @@ def test_an_item_is_described_by_names_and_not_by_numbers() -> None:
     ]
 
 
+def test_prices_and_other_numbers_are_told_by_the_tenth_of_the_catalogue_that_they_are_in() -> None:
+    boots = item("boots", price_micros=19_990_000, currency_code="EUR", attributes=[
+        item_pb2.Attribute(key="weight", number=1.2), item_pb2.Attribute(key="colour", text="red"),
+    ])  # fmt: skip
+    assert numbers_of(boots) == {"price:EUR": 19.99, "weight": 1.2}
+    prices = {f"i{n}": 10.0 ** (n / 10) for n in range(100)}
+    bands = bands_of(prices)
+    assert [bands[f"i{n}"] for n in (0, 9, 10, 55, 99)] == [0, 0, 1, 5, 9]
+    assert set(bands_of(dict.fromkeys(prices, 5.0)).values()) == {9}
+    assert bands_of({"a": 1.0, "b": 2.0}) == {}
+
+
 class PagedCatalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
     def ListItems(self, request, context):
         first = int(request.page_token or 0)
         return catalog_service_pb2.ListItemsResponse(
-            items=[item(f"i{first}", brand="x")], next_page_token=str(first + 1) if first < 4 else ""
+            items=[
+                item(f"i{n}", brand="x", price_micros=n * 1_000_000, currency_code="EUR")
+                for n in range(5 * first, 5 * first + 5)
+            ],
+            next_page_token=str(first + 1) if first < 4 else "",
         )
 
 
@@ -102,7 +118,7 @@ class NoCatalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
         raise Unimplemented("NOT_BUILT_YET", "there is none")
 
 
-@pytest.mark.parametrize(("servicer", "items"), [(PagedCatalogue(), 5), (NoCatalogue(), 0)])
+@pytest.mark.parametrize(("servicer", "items"), [(PagedCatalogue(), 25), (NoCatalogue(), 0)])
 def test_the_catalogue_is_read_to_its_end_or_done_without(serve, servicer, items: int) -> None:
     channel = serve(
         lambda server: catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(servicer, server)
@@ -113,6 +129,10 @@ def test_the_catalogue_is_read_to_its_end_or_done_without(serve, servicer, items
     client.close()
     assert len(attributes) == items
     assert bool(why_none) == (items == 0)
+    if items:
+        # Bands are of the whole catalogue, not of a page.
+        assert attributes["i3"] == ["brand:x", "price:EUR~1"]
+        assert attributes["i24"] == ["brand:x", "price:EUR~9"]
 
 
 def test_the_server_never_loads_tensorflow() -> None:
