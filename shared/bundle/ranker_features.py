@@ -192,24 +192,28 @@ def feature_matrix(
     found_CF[:, 4] = cosine_C
     found_CF[:, 5:10] = items.features_IS[candidates_C]
     # Log-transformed below, all at once: 10 to 13 and the rank.
-    found_CF[:, 10] = _seconds_since(items.first_seen_I[candidates_C], now) * np.float32(1 / 3600)
-    price_C = found_CF[:, 9]
-    found_CF[:, 11] = price_C - np.float32(taste.price)
-    found_CF[:, 12] = np.abs(found_CF[:, 11])
+    found_CF[:, 10] = _seconds_since(items.first_seen_I[candidates_C], now)
+    found_CF[:, 10] *= np.float32(1 / 3600)
+    np.subtract(found_CF[:, 9], np.float32(taste.price), out=found_CF[:, 11])
+    np.abs(found_CF[:, 11], out=found_CF[:, 12])
     category_C = items.category_I[candidates_C]
     found_CF[:, 13] = taste.category_share_G[category_C]
     found_CF[:, 14] = taste.brand_share_B[items.brand_I[candidates_C]]
     if len(taste.indices_H):
         same_CH = candidates_C[:, None] == taste.indices_H
-        found_CF[:, 15] = same_CH.sum(axis=1)
-        newest_C = np.where(same_CH, taste.times_H, -np.inf).max(axis=1)
-        found_CF[:, 16] = _seconds_since(newest_C, now)
+        found_CF[:, 15] = 0
+        found_CF[:, 16] = _NEVER_SECONDS
+        # Few candidates are in the history, mostly none: they alone pay.
+        for place in same_CH.any(axis=1).nonzero()[0].tolist():
+            times = taste.times_H[same_CH[place]]
+            found_CF[place, 15] = len(times)
+            found_CF[place, 16] = min(max(now - float(times[-1]), 0.0), _NEVER_SECONDS)
     else:
         found_CF[:, 15] = 0
         found_CF[:, 16] = _NEVER_SECONDS
     found_CF[:, 17] = _seconds_since(taste.category_time_G, now)[category_C]
     found_CF[:, 18] = len(taste.indices_H)
-    found_CF[:, 19] = _seconds_since(np.array([taste.newest_time]), now)
+    found_CF[:, 19] = min(max(now - taste.newest_time, 0.0), _NEVER_SECONDS)
     found_CF[:, 20] = taste.newest_kind == EventKind.ADD_TO_CART
     found_CF[:, 21] = taste.newest_kind == EventKind.PURCHASE
     # In place: 2, 10 and 15 to 19 are counts and times so far.
@@ -220,4 +224,8 @@ def feature_matrix(
 
 
 def _seconds_since(times: npt.NDArray[np.number], now: float) -> Float32:
-    return np.clip(now - times, 0.0, _NEVER_SECONDS).astype(np.float32)
+    # Both bounds apart: `np.clip` takes longer than all else here.
+    since = now - times
+    np.maximum(since, 0.0, out=since)
+    np.minimum(since, _NEVER_SECONDS, out=since)
+    return since.astype(np.float32)

@@ -21,6 +21,7 @@ from shared.errors import DataLoss
 from shared.keys import read_verifying_key
 from tests.recommend.shop import publish
 from tests.recommend.test_service import IDS, VECTORS
+from tests.shared.test_ranker import made_ranker
 
 MUTANTS = int(os.environ.get("SHOPKEEPER_MUTATED_BUNDLES", "400"))
 Mutation = Callable[[np.random.Generator, Path, Path], bool]
@@ -143,9 +144,12 @@ def test_no_mutant_is_loaded(keys_dir: Path, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     key = read_verifying_key(keys_dir)
     pairs = {("shoe-1", "hat"): 0.9}
-    good = registry.version_path("main", publish(tmp_path / "registry", keys_dir, IDS, VECTORS, pairs=pairs))
+    ranker = made_ranker(0, len(IDS))
+    good = registry.version_path(
+        "main", publish(tmp_path / "registry", keys_dir, IDS, VECTORS, pairs=pairs, ranker=ranker)
+    )
     other = registry.version_path(
-        "main", publish(tmp_path / "registry", keys_dir, IDS, VECTORS * 2, pairs=pairs)
+        "main", publish(tmp_path / "registry", keys_dir, IDS, VECTORS * 2, pairs=pairs, ranker=ranker)
     )
     kept = tmp_path / "kept"
     shutil.copytree(good, kept)

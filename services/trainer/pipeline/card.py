@@ -29,7 +29,7 @@ def draw_curve(
     epochs: Sequence[int], losses: Sequence[float], ndcgs: Sequence[float], best_epoch: int, label: str = ""
 ) -> bytes:
     """Returns a PNG of loss and validation NDCG@10 by pass."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, left = plt.subplots(figsize=(6, 3.6), dpi=110)
     left.plot(epochs, losses, color="tab:grey", label="training loss")
     left.set_xlabel("pass over the data")
@@ -43,12 +43,12 @@ def draw_curve(
     right.set_ylim(bottom=0)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     right.legend(handles, [handle.get_label() for handle in handles], loc="center right")
-    return _png(figure, label)
+    return png(figure, label)
 
 
 def draw_ladder(report: Report, label: str = "") -> bytes:
     """Returns a PNG of NDCG@10 of each contestant with its interval."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3), dpi=110)
     rungs = list(reversed(report.ladder))
     values = [rung.metrics["ndcg@10"] for rung in rungs]
@@ -56,12 +56,12 @@ def draw_ladder(report: Report, label: str = "") -> bytes:
     colours = ["tab:blue" if rung.name == "blend" else "tab:grey" for rung in rungs]
     axes.barh([rung.name for rung in rungs], [v.value for v in values], xerr=errors, color=colours, capsize=3)
     axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
-    return _png(figure, label)
+    return png(figure, label)
 
 
 def draw_slices(report: Report, comparison: Comparison | None = None, label: str = "") -> bytes:
     """Returns a PNG of the blend's NDCG@10 by part of the people, beside the incumbent's where both were asked."""
-    plt = _pyplot()
+    plt = pyplot()
     parts = comparison.slices if comparison is not None and comparison.slices else report.slices
     parts = tuple(reversed(parts))
     figure, axes = plt.subplots(figsize=(7, 0.7 + 0.5 * max(len(parts), 1)), dpi=110)
@@ -81,12 +81,12 @@ def draw_slices(report: Report, comparison: Comparison | None = None, label: str
         axes.legend()
     axes.set_yticks(places, [f"{part.name} ({part.user_count:,})" for part in parts])
     axes.set_xlabel(f"NDCG@10, {report.confidence:.0%} interval")
-    return _png(figure, label)
+    return png(figure, label)
 
 
 def draw_reliability(calibration: Calibration, label: str = "") -> bytes:
     """Returns a PNG of how often items were wanted against how probable the blend held that."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(4, 3.6), dpi=110)
     top = max(*calibration.expected, *calibration.observed, 1e-3) * 1.05
     axes.plot([0, top], [0, top], color="tab:grey", linestyle=":", label="as it says")
@@ -95,7 +95,7 @@ def draw_reliability(calibration: Calibration, label: str = "") -> bytes:
     axes.set_ylabel("share wanted")
     axes.set_title(f"expected calibration error {calibration.error:.4f}", fontsize=9)
     axes.legend()
-    return _png(figure, label)
+    return png(figure, label)
 
 
 def write_card(
@@ -207,7 +207,7 @@ def _cell(interval: Any) -> str:
     return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,12 +216,12 @@ def _pyplot() -> Any:
     return plt
 
 
-def _png(figure: Any, label: str) -> bytes:
+def png(figure: Any, label: str) -> bytes:
     # A picture travels without its card: what is made up says so by itself.
     if label:
         figure.suptitle(label, color="tab:red", fontsize=9)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return buffer.getvalue()

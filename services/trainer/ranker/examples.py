@@ -19,6 +19,8 @@ Int64 = npt.NDArray[np.int64]
 
 # What a shown item counts at most for those that were as good and not drawn.
 MAX_WEIGHT = 5.0
+# One person's share: their newest pages.
+MAX_PAGES_OF_ONE = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,6 +90,8 @@ def make_examples(
     item_N = index_V[responses.item_N] if len(responses) else np.empty(0, np.int64)
     page_starts = np.flatnonzero(np.diff(responses.page_N, prepend=-1))
     page_ends = np.append(page_starts[1:], len(responses))
+    few = _newest_of_each(responses.user_N[page_starts], MAX_PAGES_OF_ONE)
+    page_starts, page_ends = page_starts[few], page_ends[few]
     newest = slice(max(0, len(page_starts) - max_pages), None)
     order_E = np.lexsort((responses.event_time_E, responses.event_user_E))
     user_E, time_E = responses.event_user_E[order_E], responses.event_time_E[order_E]
@@ -150,6 +154,14 @@ def make_examples(
         responses.time_N[rows],
         item_N[rows],
     )
+
+
+def _newest_of_each(user_P: Int64, most: int) -> Int64:
+    """Returns which pages are among the newest `most` of their person, ascending."""
+    order = np.lexsort((-np.arange(len(user_P)), user_P))
+    starts = np.flatnonzero(np.diff(user_P[order], prepend=-1))
+    place = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    return np.sort(order[place < most])
 
 
 def _index(bundle: Bundle, item_id: str) -> int:

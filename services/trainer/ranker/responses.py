@@ -56,7 +56,10 @@ class Responses:
 
     def later_than(self, time: int) -> Responses:
         """Returns the impressions after a moment, microseconds; histories stay whole."""
-        keep_N = self.time_N > time
+        return self.where(self.time_N > time)
+
+    def where(self, keep_N: npt.NDArray[np.bool_]) -> Responses:
+        """Returns some of the impressions; histories stay whole."""
         return Responses(
             self.page_N[keep_N], self.user_N[keep_N], self.item_N[keep_N], self.position_N[keep_N],
             self.propensity_N[keep_N], self.time_N[keep_N], self.labels_NT[keep_N], self.event_user_E,

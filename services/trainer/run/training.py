@@ -16,6 +16,7 @@ from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.privacy.training import PrivateModel, train_privately
 from services.trainer.run.heart import Heart
+from services.trainer.run.second_stage import add_second_stage
 from services.trainer.run.work import Work, code_version, plan_of
 from services.trainer.storage import PublishingLease
 from shared.bundle import Bundle, Registry, load_bundle, write_bundle
@@ -77,6 +78,7 @@ def train(work: Work) -> None:
                 incumbent=incumbent,
                 checkpoints=work.checkpoints(),
             )
+            add_second_stage(work, registry, trained, events, attributes, plan, signing_key.public_key())
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
         version = lease.publish(
             run.run_id,
