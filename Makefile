@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-quality bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-quality bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -72,6 +72,9 @@ verify-portraits: $(INSTALLED)  ## 10,000 permuted and duplicated histories, fol
 
 bench-encoders: $(INSTALLED)  ## What vectors of texts and pictures are worth for items that nobody has touched (DATA=DIR)
 	@$(if $(DATA),,$(error say DATA=DIR, the directory of the data sets))python -m tests.benchmarks.bench_encoders --data $(DATA)
+
+bench-read: $(INSTALLED)  ## How fast the log becomes training's arrays, beside the server's own COPY (EVENTS=2000000)
+	python -m tests.benchmarks.bench_read --events $(or $(EVENTS),2000000)
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N, SEEDS=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))

@@ -92,6 +92,17 @@ _FILL = """
 """
 
 
+def fill_log(url: str, events: int) -> None:
+    """Fills a migrated log with events of shoppers, EVENTS_OF_A_SHOPPER each on average."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SELECT setseed(0.5)")
+        parameters = {"events": events, "shoppers": max(1, events // EVENTS_OF_A_SHOPPER), "items": ITEMS}
+        for first in range(0, events, 250_000):
+            last = min(events, first + 250_000) - 1
+            connection.execute(_FILL, parameters | {"first": first, "last": last})
+        connection.execute("VACUUM ANALYZE feedback.events")
+
+
 class Bench:
     """The database, the server and the channels to it."""
 
@@ -110,15 +121,8 @@ class Bench:
         self.catalog = catalog_service_pb2_grpc.CatalogServiceStub(self.channel)
 
     def _fill(self) -> list[bytes]:
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute("SELECT setseed(0.5)")
-            parameters = {
-                "events": self.events, "shoppers": max(1, self.events // EVENTS_OF_A_SHOPPER), "items": ITEMS,
-            }  # fmt: skip
-            for first in range(0, self.events, 250_000):
-                last = min(self.events, first + 250_000) - 1
-                connection.execute(_FILL, parameters | {"first": first, "last": last})
-            connection.execute("VACUUM ANALYZE feedback.events")
+        fill_log(self.url, self.events)
+        with psycopg.connect(self.url) as connection:
             rows = connection.execute("SELECT DISTINCT user_key FROM feedback.events").fetchall()
         keys = sorted(bytes(key) for (key,) in rows)
         np.random.default_rng(3).shuffle(keys)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -9,35 +11,58 @@ from datetime import UTC, datetime
 import numpy as np
 import psycopg
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 
 from services.trainer.clients import CatalogueClient, bands_of, numbers_of, values_of
-from services.trainer.pipeline.log_reader import decode_rows, read_events
+from services.trainer.pipeline.copy_decoding import CopyDecoder, row_starts
+from services.trainer.pipeline.log_reader import LOG_ERRORS, KeyedEvents, read_keyed_events
+from shared.bundle.history import INTEREST_KINDS
 from shared.database import Database
 from shared.errors import Unimplemented
 from shared.tokens import Watermark
-from tests.trainer.conftest import VIEW, walk
+from tests.trainer.conftest import walk
+
+
+def naive_rows(database_url: str) -> list[tuple]:
+    """The view, a tuple a row."""
+    with psycopg.connect(database_url) as connection:
+        return connection.execute(
+            "SELECT user_key, item_id, kind, (extract(epoch FROM occurred_at) * 1000000)::bigint, line "
+            "FROM feedback.training_events_v1 WHERE kind = ANY(%s)",
+            (list(INTEREST_KINDS),),
+        ).fetchall()
+
+
+def read(database_url: str, **choices) -> KeyedEvents:
+    database = Database(database_url, schema="trainer")
+    try:
+        return read_keyed_events(database.conninfo, **choices)
+    finally:
+        database.close()
 
 
 def test_the_log_arrives_as_it_was_written_with_the_watermark_of_its_snapshot(record, database_url) -> None:
     histories = walk(users=40, items=12)
     record(histories)
-    database = Database(database_url, schema="trainer")
-    with database.dedicated_connection() as connection:
-        events = read_events(connection)
-        some = read_events(connection, start_time=datetime(2026, 1, 1, 0, 2, tzinfo=UTC))
-    database.close()
-    found: dict[int, list[tuple[int, str]]] = {}
-    for user, item, time in zip(events.user_E, events.item_E, events.time_E, strict=True):
-        found.setdefault(int(user), []).append((int(time), events.item_ids[item]))
-    assert sorted([item for _, item in sorted(history)] for history in found.values()) == sorted(
-        [f"item-{item}" for item in history] for history in histories
-    )
-    assert set(events.kind_E.tolist()) == {VIEW}
+    keyed = read(database_url)
+    some = read(database_url, start_time=datetime(2026, 1, 1, 0, 2, tzinfo=UTC))
+    events = keyed.events
+    found = [
+        (bytes(keyed.user_key_U[user]), events.item_ids[item], kind, time, line)
+        for user, item, kind, time, line in zip(
+            events.user_E, events.item_E, events.kind_E.tolist(), events.time_E.tolist(), events.order_E.tolist(), strict=True
+        )
+    ]  # fmt: skip
+    assert sorted(found) == sorted(naive_rows(database_url))
+    assert len(found) == sum(map(len, histories))
+    assert list(events.item_ids) == sorted(events.item_ids)
+    assert [bytes(key) for key in keyed.user_key_U] == sorted(bytes(key) for key in keyed.user_key_U)
     first = datetime.fromtimestamp(events.time_E.min() / 1e6, UTC)
     assert first == datetime(2026, 1, 1, tzinfo=UTC)
     # Two minutes are cut off: the first two events of everyone.
-    assert len(some) == len(events) - 2 * len(histories)
+    assert len(some.events) == len(events) - 2 * len(histories)
     with psycopg.connect(database_url) as connection:
         row = connection.execute("SELECT max(xid)::text FROM feedback.events").fetchone()
     assert row is not None
@@ -45,18 +70,85 @@ def test_the_log_arrives_as_it_was_written_with_the_watermark_of_its_snapshot(re
 
 
 def test_an_empty_log_is_no_error_of_reading(record, database_url) -> None:
-    database = Database(database_url, schema="trainer")
-    with database.dedicated_connection() as connection:
-        assert len(read_events(connection)) == 0
-    database.close()
+    assert len(read(database_url).events) == 0
+
+
+def test_a_log_that_is_not_there_is_an_error_that_says_so(database_url) -> None:
+    with pytest.raises(LOG_ERRORS):
+        read(
+            database_url.replace("postgresql://", "postgresql://nobody-here@", 1)
+            if "@" not in database_url
+            else database_url + "-gone"
+        )
+
+
+def copied(rows: list[tuple[bytes, int, int, int, bytes]]) -> bytes:
+    """What COPY sends of rows (user key, kind, microseconds since 2000, line, item id)."""
+    content = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
+    for user_key, kind, moment, line, item_id in rows:
+        content += (
+            struct.pack(">hi16sihiqihi", 5, 16, user_key, 2, kind, 8, moment, 2, line, len(item_id)) + item_id
+        )
+    return content + b"\xff\xff"
+
+
+def decoded(content: bytes, pieces: list[int]) -> list[tuple[bytes, int, int, int, bytes]]:
+    decoder = CopyDecoder()
+    for first, last in itertools.pairwise([0, *pieces, len(content)]):
+        decoder.feed(content[first:last])
+    return [
+        (user, int(kind), int(time) - 946_684_800_000_000, int(line), item.encode())
+        for block in decoder.finish()
+        for user, kind, time, line, item in zip(
+            block.user.to_pylist(), block.kind_E, block.time_E, block.line_E, block.item.to_pylist(), strict=True
+        )
+    ]  # fmt: skip
+
+
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.binary(min_size=16, max_size=16) | st.just(bytes([0, 5, 0, 0, 0, 16] + [0] * 10)),
+            st.integers(0, 20),
+            st.integers(-(2**62), 2**62),
+            st.integers(0, 300),
+            st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40).map(
+                str.encode
+            ),
+        ),
+        max_size=20,
+    ),
+    cuts=st.lists(st.integers(0, 2000), max_size=6),
+)
+def test_a_copy_is_decoded_row_for_row_wherever_the_network_cut_it(rows, cuts) -> None:
+    content = copied(rows)
+    assert decoded(content, sorted(min(cut, len(content)) for cut in cuts)) == rows
+
+
+def test_a_row_that_looks_like_another_one_s_head_is_walked_over() -> None:
+    rows = [(bytes(16), 3, 1, 0, b"first"), (bytes(16), 3, 2, 0, b"second")]
+    content = copied(rows)
+    # No text of Postgres holds a zero byte: this is the worst that anything could send.
+    inside = copied([(bytes(16), 4, 3, 0, b"x")])[19:-2]
+    trap = [(bytes(16), 3, 1, 0, inside), *rows]
+    assert len(row_starts(np.frombuffer(copied(trap)[19:], np.uint8))[0]) == 3
+    assert decoded(content, []) == rows
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PGCOPY", b"PGCOPY\n\xff\r\n\x00" + b"\0" * 8 + b"\0\x05" + b"\xff\xff"]
+    "content",
+    [
+        b"",
+        b"PGCOPY",
+        b"PGCOPY\n\xff\r\n\x00" + b"\0" * 8 + b"\0\x05" + b"\xff\xff",
+        copied([(bytes(16), 3, 1, 0, b"item")])[:-2],
+        copied([(bytes(16), 3, 1, 0, b"item")]) + bytes(100),
+        copied([(bytes(16), 3, 1, 0, b"item")]).replace(struct.pack(">ih", 2, 3), struct.pack(">ih", -1, 3)),
+    ],
 )
-def test_what_is_no_complete_copy_is_refused(content: bytes) -> None:
+def test_what_is_no_complete_copy_of_such_rows_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="COPY"):
-        decode_rows(content)
+        decoded(content, [])
 
 
 def item(item_id: str, **fields: object) -> item_pb2.Item:

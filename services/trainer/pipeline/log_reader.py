@@ -1,138 +1,169 @@
-"""The log from Postgres into arrays: binary COPY, decoded by NumPy, no Python object an event.
+"""The log from Postgres into arrays: binary COPY over asyncpg, decoded by NumPy and Arrow, no Python object an event.
 
-A row of COPY's binary format is a count of fields and then, for each, its length and its bytes
-(https://www.postgresql.org/docs/current/sql-copy.html). People and items are numbered by the server, so
-that every field has a fixed width and a whole block is one structured array.
+libpq hands a COPY over row by row, and a Python object for each row costs more than the row does the server. asyncpg
+hands over whatever the socket held; a thread decodes it while the server makes the next rows.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
+from urllib.parse import urlencode
 
+import asyncpg
 import numpy as np
-import psycopg
-from psycopg import sql
+import numpy.typing as npt
+import pyarrow as pa
+from psycopg.conninfo import conninfo_to_dict
 
+from services.trainer.pipeline.copy_decoding import COLUMNS, CopyDecoder, RowBlock, unified
 from services.trainer.pipeline.dataset import EventColumns
 from shared.bundle.history import INTEREST_KINDS
 from shared.tokens import Watermark
 
-# Bytes of a row as COPY sends it: int16 count, then int32 length and value of each field.
-_ROW = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("user_length", ">i4"),
-        ("user", ">i4"),
-        ("item_length", ">i4"),
-        ("item", ">i4"),
-        ("kind_length", ">i4"),
-        ("kind", ">i2"),
-        ("time_length", ">i4"),
-        ("time", ">i8"),
-        ("order_length", ">i4"),
-        ("order", ">i2"),
-    ]
+# Decoded at once: enough to amortise NumPy's calls, little beside the arrays.
+_PIECE_BYTES = 2_000_000
+# Of libpq's settings those that asyncpg knows by another name, or not at all.
+_ONLY_LIBPQ = ("connect_timeout", "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count")
+_CONNECT_SECONDS = 5.0
+
+# What reading may raise: the server's answers, the way to it, and what came on it.
+LOG_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError)
+
+ROWS = (
+    f"SELECT {COLUMNS} FROM feedback.training_events_v1 WHERE kind = ANY($1) "  # noqa: S608
+    "AND occurred_at >= $2 AND occurred_at < $3"
 )
-_SIGNATURE = b"PGCOPY\n\xff\r\n\x00"
-_TRAILER = b"\xff\xff"
-# Postgres counts microseconds from 2000.
-_EPOCH_MICROSECONDS = 946_684_800_000_000
+_AS_OF = " AND pg_visible_in_snapshot(xid, $4::pg_snapshot)"
 
 
-def read_events(
-    connection: psycopg.Connection,
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyedEvents:
+    """The log as columns, and who the people are.
+
+    Attributes:
+        events: people numbered by their keys' order, items by their ids' (both by bytes).
+        user_key_U: the key of each number, dtype V16.
+    """
+
+    events: EventColumns
+    user_key_U: npt.NDArray[np.void]
+
+
+def read_keyed_events(
+    conninfo: str,
     *,
     start_time: datetime | None = None,
     end_time: datetime | None = None,
-    kinds: tuple[int, ...] = INTEREST_KINDS,
+    kinds: Sequence[int] = INTEREST_KINDS,
     as_of: str = "",
-) -> EventColumns:
+) -> KeyedEvents:
     """Returns the training events of the log, in one snapshot, with the watermark of it.
 
     Args:
-        connection: not in a transaction; one is made and ended.
+        conninfo: of libpq.
         start_time, end_time: of `occurred_at`; the start belongs to it, the end does not.
         kinds: of the events to read.
         as_of: a `pg_snapshot`: only what it saw is read, less what was erased or withdrawn since; empty for now.
 
     Raises:
-        psycopg.Error: the log cannot be read.
+        LOG_ERRORS: the log cannot be read.
     """
-    with connection.transaction():
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        # Numbering a long log takes longer than a call may.
-        connection.execute("SET LOCAL statement_timeout = 0")
-        row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-        if row is None:
-            raise AssertionError("a SELECT without FROM has one row")
-        watermark = Watermark.parse_pg(as_of or row[0])
-        # One pass over the log. The user key itself stays in the database: a number is all that training needs.
-        connection.execute(
-            "CREATE TEMP TABLE IF NOT EXISTS training_rows "
-            "(user_key bytea, item_id text, kind smallint, occurred_at timestamptz, line smallint) ON COMMIT DROP"
-        )
-        connection.execute(
-            "INSERT INTO training_rows SELECT user_key, item_id, kind, occurred_at, line "
-            "FROM feedback.training_events_v1 WHERE kind = ANY(%s) "
-            "AND occurred_at >= coalesce(%s, '-infinity'::timestamptz) "
-            "AND occurred_at < coalesce(%s, 'infinity'::timestamptz) "
-            "AND (%s = '' OR pg_visible_in_snapshot(xid, nullif(%s, '')::pg_snapshot))",
-            (list(kinds), start_time, end_time, as_of, as_of),
-        )
-        connection.execute(
-            "CREATE TEMP TABLE training_items ON COMMIT DROP AS SELECT item_id, "
-            '(row_number() OVER (ORDER BY item_id COLLATE "C") - 1)::integer AS number '
-            "FROM (SELECT DISTINCT item_id FROM training_rows) AS items"
-        )
-        connection.execute(
-            "CREATE TEMP TABLE training_users ON COMMIT DROP AS SELECT user_key, "
-            "(row_number() OVER (ORDER BY user_key) - 1)::integer AS number "
-            "FROM (SELECT DISTINCT user_key FROM training_rows) AS users"
-        )
-        connection.execute("ANALYZE training_items; ANALYZE training_users")
-        item_ids = [
-            name for (name,) in connection.execute("SELECT item_id FROM training_items ORDER BY number")
-        ]
-        rows_E = _copy_rows(
-            connection,
-            sql.SQL(
-                "COPY (SELECT u.number, i.number, r.kind, r.occurred_at, coalesce(r.line, 0::smallint) "
-                "FROM training_rows AS r JOIN training_items AS i USING (item_id) "
-                "JOIN training_users AS u USING (user_key)) TO STDOUT (FORMAT binary)"
-            ),
-        )
-    return EventColumns(
-        user_E=rows_E["user"].astype(np.int64),
-        item_E=rows_E["item"].astype(np.int32),
-        kind_E=rows_E["kind"].astype(np.int32),
-        time_E=rows_E["time"].astype(np.int64) + _EPOCH_MICROSECONDS,
-        order_E=rows_E["order"].astype(np.int64),
-        item_ids=item_ids,
-        watermark=watermark.encode(),
+    return asyncio.run(_read(conninfo, start_time, end_time, kinds, as_of))
+
+
+def read_events(conninfo: str, **window: Any) -> EventColumns:
+    """Returns what `read_keyed_events` does, without the keys."""
+    return read_keyed_events(conninfo, **window).events
+
+
+def asyncpg_dsn(conninfo: str) -> str:
+    """Returns the same connection in the words of asyncpg, which takes libpq's but for a few."""
+    known = {k: v for k, v in conninfo_to_dict(conninfo).items() if k not in _ONLY_LIBPQ and v is not None}
+    return "postgresql://?" + urlencode(known)
+
+
+async def _read(
+    conninfo: str,
+    start_time: datetime | None,
+    end_time: datetime | None,
+    kinds: Sequence[int],
+    as_of: str,
+) -> KeyedEvents:
+    connection = await asyncpg.connect(
+        asyncpg_dsn(conninfo), timeout=_CONNECT_SECONDS, statement_cache_size=0
     )
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            # Reading a long log takes longer than a call may.
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            watermark = Watermark.parse_pg(
+                as_of or await connection.fetchval("SELECT pg_current_snapshot()::text")
+            )
+            # asyncpg knows infinity by the names of the extremes.
+            arguments: list[Any] = [
+                list(kinds),
+                start_time or datetime.min,
+                end_time or datetime.max,
+            ]
+            blocks = await copy_out(
+                connection, ROWS + (_AS_OF if as_of else ""), *arguments, *([as_of] if as_of else [])
+            )
+    finally:
+        await connection.close(timeout=_CONNECT_SECONDS)
+    return columns_of(blocks, watermark.encode())
 
 
-def _copy_rows(connection: psycopg.Connection, statement: sql.SQL) -> np.ndarray:
-    with connection.cursor() as cursor, cursor.copy(statement) as copy:
-        content = bytearray().join(copy)
-    return decode_rows(content)
+async def copy_out(connection: asyncpg.Connection[Any], statement: str, *arguments: Any) -> list[RowBlock]:
+    """Returns the rows of a query over the columns `COLUMNS`."""
+    decoder = CopyDecoder()
+    loop = asyncio.get_running_loop()
+    piece = bytearray()
+    under_way: asyncio.Future[None] | None = None
+    with ThreadPoolExecutor(1, "decode") as thread:
+
+        async def take(content: bytes) -> None:
+            nonlocal piece, under_way
+            piece += content
+            if len(piece) >= _PIECE_BYTES:
+                if under_way is not None:
+                    await under_way
+                under_way = loop.run_in_executor(thread, decoder.feed, piece)
+                piece = bytearray()
+
+        await connection.copy_from_query(statement, *arguments, output=take, format="binary")
+        if under_way is not None:
+            await under_way
+        decoder.feed(piece)
+    return decoder.finish()
 
 
-def decode_rows(content: bytes | bytearray) -> np.ndarray:
-    """Returns the rows of a binary COPY as a structured array.
-
-    Raises:
-        ValueError: it is not such a COPY: its header, a null, or a field of another width.
-    """
-    header = len(_SIGNATURE) + 8
-    if bytes(content[: len(_SIGNATURE)]) != _SIGNATURE or bytes(content[-2:]) != _TRAILER:
-        raise ValueError("not a complete binary COPY")
-    header += int.from_bytes(content[len(_SIGNATURE) + 4 : header], "big")
-    length = len(content) - header - len(_TRAILER)
-    if length % _ROW.itemsize:
-        raise ValueError("a row of the COPY has another width: a null, or a field of another type")
-    rows_E = np.frombuffer(content, _ROW, length // _ROW.itemsize, offset=header)
-    widths = {"user": 4, "item": 4, "kind": 2, "time": 8, "order": 2}
-    if len(rows_E) and any((rows_E[f"{name}_length"] != width).any() for name, width in widths.items()):
-        raise ValueError("a field of the COPY has another width")
-    return rows_E
+def columns_of(blocks: list[RowBlock], watermark: bytes) -> KeyedEvents:
+    """Returns the blocks as columns; empties the list, so that no event is held twice for long."""
+    users, items = [block.user for block in blocks], [block.item for block in blocks]
+    numbers = [(block.kind_E, block.time_E, block.line_E) for block in blocks]
+    blocks.clear()
+    user_E, user_keys = unified(users, pa.binary(16))
+    item_E, item_ids = unified(items, pa.string())
+    kinds, times, lines = zip(*numbers, strict=True) if numbers else ((), (), ())
+    nothing: list[npt.NDArray[Any]] = [np.zeros(0, np.int64)]
+    found = KeyedEvents(
+        EventColumns(
+            user_E=user_E.astype(np.int64),
+            item_E=item_E,
+            kind_E=np.concatenate(kinds or nothing).astype(np.int32),
+            time_E=np.concatenate(times or nothing).astype(np.int64),
+            order_E=np.concatenate(lines or nothing).astype(np.int64),
+            item_ids=item_ids.to_pylist(),
+            watermark=watermark,
+        ),
+        np.frombuffer(b"".join(user_keys.to_pylist()), "V16"),
+    )
+    del user_keys, item_ids
+    # Arrow keeps what it freed, for the next of its own; training is not that.
+    pa.default_memory_pool().release_unused()
+    return found

@@ -18,7 +18,7 @@ from services.trainer.pipeline.checkpoint import Checkpoints
 from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.describing import peak_resident_bytes
-from services.trainer.pipeline.log_reader import read_events
+from services.trainer.pipeline.log_reader import LOG_ERRORS, read_events
 from services.trainer.pipeline.plan import Plan
 from services.trainer.run.heart import Heart
 from services.trainer.settings import TrainerSettings, directory_of
@@ -61,20 +61,19 @@ class Work:
         self.report("READING", "Reading the log.")
         window = self.run.config.window
         try:
-            with self.database.dedicated_connection(autocommit=True) as connection:
-                events = read_events(
-                    connection,
-                    start_time=datetime.fromisoformat(window.start_time) if window.start_time else None,
-                    end_time=datetime.fromisoformat(window.end_time) if window.end_time else None,
-                    kinds=window.kinds or INTEREST_KINDS,
-                    as_of=self.store.read_watermark(self.run.run_id),
-                )
+            events = read_events(
+                self.database.conninfo,
+                start_time=datetime.fromisoformat(window.start_time) if window.start_time else None,
+                end_time=datetime.fromisoformat(window.end_time) if window.end_time else None,
+                kinds=window.kinds or INTEREST_KINDS,
+                as_of=self.store.read_watermark(self.run.run_id),
+            )
             self.store.set_read_watermark(self.run.run_id, events.watermark.decode())
             return events
-        except (psycopg.Error, ValueError) as error:
+        except (psycopg.Error, *LOG_ERRORS) as error:
             raise Unavailable(
                 "LOG_UNAVAILABLE",
-                f"The log could not be read: {str(error).strip().splitlines()[0]}. Is feedback running, and migrated?",
+                f"The log could not be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}. Is feedback running, and migrated?",
             ) from error
 
     def checkpoints(self) -> Checkpoints:
