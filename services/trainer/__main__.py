@@ -19,6 +19,7 @@ from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.scheduler import Scheduler
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
+from services.trainer.snapshot_upkeep import SnapshotUpkeep
 from services.trainer.storage import (
     DirectoryRegistry,
     PostgresRunOverview,
@@ -73,6 +74,7 @@ class Trainer:
             drift_interval_seconds=settings.drift_check_seconds,
             max_queued=settings.max_queued_runs,
         )
+        self.snapshots = SnapshotUpkeep(settings, database_url, telemetry.logger)
         schedules = Schedules(schedule_store, next_run_at=next_run_at, now=lambda: datetime.now(UTC))
         self.metrics = RunMetrics(PostgresRunOverview(self.database), ledger)
         self.metrics.register()
@@ -89,6 +91,7 @@ class Trainer:
         )
         self.server.on_drain(self._draining.set)
         self.server.on_drain(self.scheduler.stop)
+        self.server.on_drain(self.snapshots.stop)
         self.server.on_drain(self.supervisor.stop)
 
     def start(self) -> int:
@@ -96,6 +99,7 @@ class Trainer:
         port = self.server.start()
         self.supervisor.start()
         self.scheduler.start()
+        self.snapshots.start()
         self.server.set_ready(True)
         return port
 
@@ -103,6 +107,7 @@ class Trainer:
         """Ends the server, the runs' processes and the connections."""
         self._draining.set()
         self.scheduler.stop()
+        self.snapshots.stop()
         self.supervisor.stop()
         self.server.stop(0)
         self.metrics.unregister()

@@ -58,8 +58,27 @@ class TrainerSettings(ServiceSettings):
     drift_check_seconds: float = Field(
         300.0, gt=0, description="How often a schedule that trains on drift is measured."
     )
+    snapshots: bool = Field(
+        True,
+        description="Keeps the log's events as day files under the home, so that a run reads only what is new.",
+    )
+    snapshot_retention_days: int = Field(
+        30,
+        ge=0,
+        description="A set of day files that was replaced is kept so long, so that its runs can be repeated.",
+    )
+    snapshot_upkeep_seconds: float = Field(
+        3600.0,
+        gt=0,
+        description="How often who was erased or withdrew consent is taken out of the day files, run or no run.",
+    )
 
 
 def directory_of(home: Path, run_id: str) -> Path:
     """Returns the directory of a run's own files: its log, its checkpoint, its curves."""
     return home.resolve() / "runs" / run_id
+
+
+def snapshots_of(home: Path) -> Path:
+    """Returns the directory of the log's day files."""
+    return home.resolve() / "snapshots"

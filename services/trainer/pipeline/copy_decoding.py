@@ -14,33 +14,38 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-# What the head of a row is as COPY sends it: int16 count, then int32 length and value of each field.
-_HEAD = np.dtype(
-    [
-        ("fields", ">i2"),
-        ("user_length", ">i4"),
-        ("user", "V16"),
-        ("kind_length", ">i4"),
-        ("kind", ">i2"),
-        ("time_length", ">i4"),
-        ("time", ">i8"),
-        ("order_length", ">i4"),
-        ("order", ">i2"),
-        ("item_length", ">i4"),
-    ]
-)
-COLUMNS = "user_key, kind, occurred_at, line, item_id"
-_WIDTHS = {"fields": 5, "user_length": 16, "kind_length": 2, "time_length": 8, "order_length": 2}
-_MODEL = np.zeros(1, _HEAD)
-_FREE = np.full(_HEAD.itemsize, 255, np.uint8).view(_HEAD)
-for _name, _width in _WIDTHS.items():
-    _MODEL[_name] = _FREE[_name] = _width
-# The bytes of a head that are the same in every row, by place.
-_FIXED_BYTES = {
-    place: low
-    for place, (low, high) in enumerate(zip(_MODEL.tobytes(), _FREE.tobytes(), strict=True))
-    if low == high
-}
+# The fields of a row but the last, with what holds them.
+_FIELDS = {"event_key": "V16", "user_key": "V16", "kind": ">i2", "occurred_at": ">i8", "line": ">i2"}
+
+
+class RowLayout:
+    """What a row is as COPY sends it: int16 count of fields, then int32 length and value of each.
+
+    Attributes:
+        columns: as SQL selects them.
+        head: everything but the bytes of the item id.
+        fixed_bytes: the bytes of a head that are the same in every row, by place.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.columns = ", ".join((*names, "item_id"))
+        fields: list[tuple[str, str]] = [("fields", ">i2")]
+        for name in names:
+            fields += [(f"{name}_length", ">i4"), (name, _FIELDS[name])]
+        self.head = np.dtype([*fields, ("item_length", ">i4")])
+        low, high = np.zeros(1, self.head), np.full(self.head.itemsize, 255, np.uint8).view(self.head)
+        low["fields"] = high["fields"] = len(names) + 1
+        for name in names:
+            low[f"{name}_length"] = high[f"{name}_length"] = np.dtype(_FIELDS[name]).itemsize
+        self.fixed_bytes = {
+            place: byte
+            for place, (byte, other) in enumerate(zip(low.tobytes(), high.tobytes(), strict=True))
+            if byte == other
+        }
+
+
+WITHOUT_EVENT_KEY = RowLayout("user_key", "kind", "occurred_at", "line")
+WITH_EVENT_KEY = RowLayout("event_key", "user_key", "kind", "occurred_at", "line")
 _SIGNATURE = b"PGCOPY\n\xff\r\n\x00"
 _TRAILER = b"\xff\xff"
 # Postgres counts microseconds from 2000.
@@ -54,6 +59,7 @@ class RowBlock:
     Attributes:
         user: dictionary of 16-byte user keys, int32 indices, (E,).
         item: dictionary of item ids, int32 indices, (E,).
+        event: 16-byte event keys where they were asked for.
         kind_E: int16. time_E: microseconds since 1970, int64. line_E: int16.
     """
 
@@ -62,12 +68,14 @@ class RowBlock:
     kind_E: npt.NDArray[np.int16]
     time_E: npt.NDArray[np.int64]
     line_E: npt.NDArray[np.int16]
+    event: pa.Array | None = None
 
 
 class CopyDecoder:
     """Takes the bytes of a COPY as they come, in pieces of any length, and gives them back as columns."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: RowLayout = WITHOUT_EVENT_KEY) -> None:
+        self._layout = layout
         self._rest = b""
         self._begun = self._ended = False
         self.blocks: list[RowBlock] = []
@@ -90,9 +98,9 @@ class CopyDecoder:
             first = header + int.from_bytes(content[header - 4 : header], "big")
             self._begun = True
         content_B = np.frombuffer(content, np.uint8)[first:]
-        start_E, used = row_starts(content_B)
+        start_E, used = row_starts(content_B, self._layout)
         if len(start_E):
-            self.blocks.append(_block(content_B, start_E))
+            self.blocks.append(_block(content_B, start_E, self._layout))
         self._rest = content_B[used:].tobytes()
         if self._rest[:2] == _TRAILER:
             self._ended = True
@@ -108,25 +116,27 @@ class CopyDecoder:
         return self.blocks
 
 
-def row_starts(content_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], int]:
+def row_starts(
+    content_B: npt.NDArray[np.uint8], layout: RowLayout = WITHOUT_EVENT_KEY
+) -> tuple[npt.NDArray[np.int64], int]:
     """Returns where each complete row begins, and where the first incomplete one does.
 
-    A head has 18 bytes that are alike in every row. Where they stand is where a row may begin; that each row ends where the
+    Some bytes of a head are alike in every row. Where they stand is where a row may begin; that each row ends where the
     next one begins proves it. Should random bytes of a user key look like a head, the rows are walked one by one.
 
     Raises:
         ValueError: something else than a row.
     """
-    size = _HEAD.itemsize
+    size = layout.head.itemsize
     if len(content_B) < size:
         return np.zeros(0, np.int64), 0
-    start_E = np.flatnonzero(content_B[1 : len(content_B) - size + 2] == 5)
-    for place, value in _FIXED_BYTES.items():
+    start_E = np.flatnonzero(content_B[1 : len(content_B) - size + 2] == layout.fixed_bytes[1])
+    for place, value in layout.fixed_bytes.items():
         if place != 1:
             start_E = start_E[content_B[start_E + place] == value]
-    end_E = _ends(content_B, start_E)
+    end_E = _ends(content_B, start_E, size)
     if not len(start_E) or start_E[0] != 0 or (start_E[1:] != end_E[:-1]).any():
-        return _walk(content_B)
+        return _walk(content_B, layout)
     whole = len(start_E) - int(end_E[-1] > len(content_B))
     used = int(end_E[whole - 1]) if whole else 0
     # Behind the last row is the beginning of another one or the end, and nothing that was not understood.
@@ -135,22 +145,23 @@ def row_starts(content_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64],
     return start_E[:whole], used
 
 
-def _ends(content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    size = _HEAD.itemsize
+def _ends(
+    content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64], size: int
+) -> npt.NDArray[np.int64]:
     length_E = np.zeros(len(start_E), np.int64)
     for place in range(size - 4, size):
         length_E = (length_E << 8) | content_B[start_E + place]
     return start_E + size + length_E
 
 
-def _walk(content_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], int]:
-    size, place, starts = _HEAD.itemsize, 0, []
+def _walk(content_B: npt.NDArray[np.uint8], layout: RowLayout) -> tuple[npt.NDArray[np.int64], int]:
+    size, place, starts = layout.head.itemsize, 0, []
     while place + size <= len(content_B):
-        if any(content_B[place + offset] != value for offset, value in _FIXED_BYTES.items()):
+        if any(content_B[place + offset] != value for offset, value in layout.fixed_bytes.items()):
             if bytes(content_B[place : place + 2]) == _TRAILER:
                 break
             raise ValueError("a row of the COPY has another shape: a null, or a field of another type")
-        end = int(_ends(content_B, np.array([place]))[0])
+        end = int(_ends(content_B, np.array([place]), size)[0])
         if end > len(content_B):
             break
         starts.append(place)
@@ -158,10 +169,10 @@ def _walk(content_B: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], int]
     return np.array(starts, np.int64), place
 
 
-def _block(content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64]) -> RowBlock:
-    size, count = _HEAD.itemsize, len(start_E)
+def _block(content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64], layout: RowLayout) -> RowBlock:
+    size, count = layout.head.itemsize, len(start_E)
     heads = np.lib.stride_tricks.sliding_window_view(content_B, size)[start_E]
-    head_E = heads.reshape(-1).view(_HEAD)
+    head_E = heads.reshape(-1).view(layout.head)
     # Every other value of this array is an item id; between them lie the heads.
     offsets = np.empty(2 * count + 1, np.int32)
     offsets[0:-1:2] = start_E + size
@@ -171,16 +182,19 @@ def _block(content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64]) -> 
         pa.string(), 2 * count, [None, pa.py_buffer(offsets), pa.py_buffer(content_B)]
     )
     items = laid_out.take(pa.array(2 * np.arange(count, dtype=np.int32)))
-    keys = pa.Array.from_buffers(
-        pa.binary(16), count, [None, pa.py_buffer(np.ascontiguousarray(head_E["user"]))]
-    )
     return RowBlock(
-        keys.dictionary_encode(),
+        _keys(head_E["user_key"]).dictionary_encode(),
         items.dictionary_encode(),
         head_E["kind"].astype(np.int16),
-        head_E["time"].astype(np.int64) + _EPOCH_MICROSECONDS,
-        head_E["order"].astype(np.int16),
+        head_E["occurred_at"].astype(np.int64) + _EPOCH_MICROSECONDS,
+        head_E["line"].astype(np.int16),
+        _keys(head_E["event_key"]) if "event_key" in (layout.head.names or ()) else None,
     )
+
+
+def _keys(key_E: npt.NDArray[np.void]) -> pa.Array:
+    content = pa.py_buffer(np.ascontiguousarray(key_E))
+    return pa.Array.from_buffers(pa.binary(16), len(key_E), [None, content])
 
 
 def unified(blocks: list[Any], kind: pa.DataType) -> tuple[npt.NDArray[np.int32], pa.Array]:

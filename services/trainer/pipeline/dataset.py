@@ -32,6 +32,7 @@ class EventColumns:
         order_E: breaks ties of time, such as the place within a basket, int64.
         item_ids: raw ids.
         watermark: snapshot of the log that was read, as `Watermark.encode`; empty for files.
+        snapshot: digest of the set of day files that was read; empty where none was.
     """
 
     user_E: Int64
@@ -41,6 +42,7 @@ class EventColumns:
     order_E: Int64
     item_ids: Sequence[str]
     watermark: bytes = b""
+    snapshot: str = ""
 
     def __len__(self) -> int:
         return len(self.user_E)

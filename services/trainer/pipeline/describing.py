@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.trainer.pipeline.blend import Blend
-from services.trainer.pipeline.dataset import Histories
+from services.trainer.pipeline.dataset import EventColumns, Histories
 from services.trainer.pipeline.evaluation import BLEND
 from services.trainer.pipeline.report import Comparison, Report
 
@@ -70,12 +70,13 @@ def last_seen_of(histories: Histories) -> npt.NDArray[np.int64]:
     return last_I
 
 
-def describe_data(histories: Histories, watermark: bytes, attribute_count: int) -> dict[str, Any]:
+def describe_data(histories: Histories, events: EventColumns, attribute_count: int) -> dict[str, Any]:
     def moment(microseconds: int) -> str:
         return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat()
 
     return {
-        "watermark": watermark.hex(),
+        "watermark": events.watermark.hex(),
+        **({"snapshot": events.snapshot} if events.snapshot else {}),
         "events": len(histories.item_E),
         "users": histories.user_count,
         "items": histories.item_count,

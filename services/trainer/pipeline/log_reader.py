@@ -7,8 +7,9 @@ hands over whatever the socket held; a thread decodes it while the server makes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,7 +21,13 @@ import numpy.typing as npt
 import pyarrow as pa
 from psycopg.conninfo import conninfo_to_dict
 
-from services.trainer.pipeline.copy_decoding import COLUMNS, CopyDecoder, RowBlock, unified
+from services.trainer.pipeline.copy_decoding import (
+    WITHOUT_EVENT_KEY,
+    CopyDecoder,
+    RowBlock,
+    RowLayout,
+    unified,
+)
 from services.trainer.pipeline.dataset import EventColumns
 from shared.bundle.history import INTEREST_KINDS
 from shared.tokens import Watermark
@@ -35,7 +42,7 @@ _CONNECT_SECONDS = 5.0
 LOG_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError)
 
 ROWS = (
-    f"SELECT {COLUMNS} FROM feedback.training_events_v1 WHERE kind = ANY($1) "  # noqa: S608
+    f"SELECT {WITHOUT_EVENT_KEY.columns} FROM feedback.training_events_v1 WHERE kind = ANY($1) "  # noqa: S608
     "AND occurred_at >= $2 AND occurred_at < $3"
 )
 _AS_OF = " AND pg_visible_in_snapshot(xid, $4::pg_snapshot)"
@@ -87,6 +94,20 @@ def asyncpg_dsn(conninfo: str) -> str:
     return "postgresql://?" + urlencode(known)
 
 
+@asynccontextmanager
+async def one_snapshot(conninfo: str) -> AsyncIterator[asyncpg.Connection[Any]]:
+    """Lends a connection whose statements all see the same snapshot, and may take long."""
+    connection = await asyncpg.connect(
+        asyncpg_dsn(conninfo), timeout=_CONNECT_SECONDS, statement_cache_size=0
+    )
+    try:
+        async with connection.transaction(isolation="repeatable_read", readonly=True):
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            yield connection
+    finally:
+        await connection.close(timeout=_CONNECT_SECONDS)
+
+
 async def _read(
     conninfo: str,
     start_time: datetime | None,
@@ -94,33 +115,30 @@ async def _read(
     kinds: Sequence[int],
     as_of: str,
 ) -> KeyedEvents:
-    connection = await asyncpg.connect(
-        asyncpg_dsn(conninfo), timeout=_CONNECT_SECONDS, statement_cache_size=0
-    )
-    try:
-        async with connection.transaction(isolation="repeatable_read", readonly=True):
-            # Reading a long log takes longer than a call may.
-            await connection.execute("SET LOCAL statement_timeout = 0")
-            watermark = Watermark.parse_pg(
-                as_of or await connection.fetchval("SELECT pg_current_snapshot()::text")
-            )
-            # asyncpg knows infinity by the names of the extremes.
-            arguments: list[Any] = [
-                list(kinds),
-                start_time or datetime.min,
-                end_time or datetime.max,
-            ]
-            blocks = await copy_out(
-                connection, ROWS + (_AS_OF if as_of else ""), *arguments, *([as_of] if as_of else [])
-            )
-    finally:
-        await connection.close(timeout=_CONNECT_SECONDS)
+    async with one_snapshot(conninfo) as connection:
+        watermark = Watermark.parse_pg(
+            as_of or await connection.fetchval("SELECT pg_current_snapshot()::text")
+        )
+        # asyncpg knows infinity by the names of the extremes.
+        arguments: list[Any] = [
+            list(kinds),
+            start_time or datetime.min,
+            end_time or datetime.max,
+        ]
+        blocks = await copy_out(
+            connection, ROWS + (_AS_OF if as_of else ""), *arguments, *([as_of] if as_of else [])
+        )
     return columns_of(blocks, watermark.encode())
 
 
-async def copy_out(connection: asyncpg.Connection[Any], statement: str, *arguments: Any) -> list[RowBlock]:
-    """Returns the rows of a query over the columns `COLUMNS`."""
-    decoder = CopyDecoder()
+async def copy_out(
+    connection: asyncpg.Connection[Any],
+    statement: str,
+    *arguments: Any,
+    layout: RowLayout = WITHOUT_EVENT_KEY,
+) -> list[RowBlock]:
+    """Returns the rows of a query over the columns of a layout."""
+    decoder = CopyDecoder(layout)
     loop = asyncio.get_running_loop()
     piece = bytearray()
     under_way: asyncio.Future[None] | None = None

@@ -373,7 +373,7 @@ def train_model(
         comparison=comparison,
     )
     check()
-    data = describe_data(histories, events.watermark, attributes.attribute_count)
+    data = describe_data(histories, events, attributes.attribute_count)
     notes = [
         f"{len(epochs)} passes in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
         *describe_blend(blend),

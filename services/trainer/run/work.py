@@ -19,9 +19,11 @@ from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.describing import peak_resident_bytes
 from services.trainer.pipeline.log_reader import LOG_ERRORS, read_events
+from services.trainer.pipeline.log_snapshot import read_through
 from services.trainer.pipeline.plan import Plan
+from services.trainer.pipeline.snapshot_files import SnapshotDirectory
 from services.trainer.run.heart import Heart
-from services.trainer.settings import TrainerSettings, directory_of
+from services.trainer.settings import TrainerSettings, directory_of, snapshots_of
 from services.trainer.storage import PostgresRunStore
 from shared.bundle.history import INTEREST_KINDS
 from shared.channel import tls_of
@@ -60,14 +62,16 @@ class Work:
         """
         self.report("READING", "Reading the log.")
         window = self.run.config.window
+        chosen = {
+            "start_time": datetime.fromisoformat(window.start_time) if window.start_time else None,
+            "end_time": datetime.fromisoformat(window.end_time) if window.end_time else None,
+            "kinds": window.kinds or INTEREST_KINDS,
+        }
+        as_of = self.store.read_watermark(self.run.run_id)
         try:
-            events = read_events(
-                self.database.conninfo,
-                start_time=datetime.fromisoformat(window.start_time) if window.start_time else None,
-                end_time=datetime.fromisoformat(window.end_time) if window.end_time else None,
-                kinds=window.kinds or INTEREST_KINDS,
-                as_of=self.store.read_watermark(self.run.run_id),
-            )
+            events = self._read_day_files(as_of, chosen) if self.settings.snapshots else None
+            if events is None:
+                events = read_events(self.database.conninfo, as_of=as_of, **chosen)
             self.store.set_read_watermark(self.run.run_id, events.watermark.decode())
             return events
         except (psycopg.Error, *LOG_ERRORS) as error:
@@ -75,6 +79,28 @@ class Work:
                 "LOG_UNAVAILABLE",
                 f"The log could not be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}. Is feedback running, and migrated?",
             ) from error
+
+    def _read_day_files(self, as_of: str, window: Mapping[str, Any]) -> EventColumns | None:
+        """Returns the events through the day files; None where they cannot give them, and the log itself must."""
+
+        def report(words: str) -> None:
+            # How much a private run finds in the log is nobody's to read.
+            if self.run.config.differential_privacy is None:
+                self.report("READING", words)
+
+        directory = SnapshotDirectory(snapshots_of(self.settings.home), self.settings.snapshot_retention_days)
+        try:
+            return read_through(
+                self.database.conninfo,
+                directory,
+                watermark=as_of,
+                report=report,
+                **window,
+            )
+        except LOG_ERRORS as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.report("READING", f"The day files are of no use now ({why}); the log is read as a whole.")
+            return None
 
     def checkpoints(self) -> Checkpoints:
         """Returns the run's checkpoint."""
