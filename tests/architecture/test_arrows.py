@@ -62,6 +62,8 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         "supervisor": {"domain", "ports", "settings", "storage"},
         # Starts runs by the clock and on drift.
         "scheduler": {"clock", "domain", "ports", "storage"},
+        # Lets the day files forget while nothing trains.
+        "snapshot_upkeep": {"settings"},
         "clock": set(),
         "drift": {"domain"},
         # Told to Prometheus, from the ports.

@@ -41,11 +41,7 @@ _CONNECT_SECONDS = 5.0
 # What reading may raise: the server's answers, the way to it, and what came on it.
 LOG_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError)
 
-ROWS = (
-    f"SELECT {WITHOUT_EVENT_KEY.columns} FROM feedback.training_events_v1 WHERE kind = ANY($1) "  # noqa: S608
-    "AND occurred_at >= $2 AND occurred_at < $3"
-)
-_AS_OF = " AND pg_visible_in_snapshot(xid, $4::pg_snapshot)"
+_ROWS = f"SELECT {WITHOUT_EVENT_KEY.columns} FROM feedback.training_events_v1 WHERE "  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,14 +115,17 @@ async def _read(
         watermark = Watermark.parse_pg(
             as_of or await connection.fetchval("SELECT pg_current_snapshot()::text")
         )
-        # asyncpg knows infinity by the names of the extremes.
-        arguments: list[Any] = [
-            list(kinds),
-            start_time or datetime.min,
-            end_time or datetime.max,
-        ]
+        # A bound that bounds nothing would still be compared with every row.
+        conditions: list[tuple[str, Any]] = [("kind = ANY(${})", list(kinds))]
+        if start_time is not None:
+            conditions.append(("occurred_at >= ${}", start_time))
+        if end_time is not None:
+            conditions.append(("occurred_at < ${}", end_time))
+        if as_of:
+            conditions.append(("pg_visible_in_snapshot(xid, ${}::text::pg_snapshot)", as_of))
+        numbered = [condition.format(place) for place, (condition, _) in enumerate(conditions, 1)]
         blocks = await copy_out(
-            connection, ROWS + (_AS_OF if as_of else ""), *arguments, *([as_of] if as_of else [])
+            connection, _ROWS + " AND ".join(numbered), *[argument for _, argument in conditions]
         )
     return columns_of(blocks, watermark.encode())
 
