@@ -22,6 +22,7 @@ from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 from shared import deadline
 from shared.errors import DeadlineExceeded, FailedPrecondition, ShopkeeperError, Unavailable
 from shared.settings import ServiceSettings
+from shared.traced_cursor import TracedCursor
 
 OWNERS = ("feedback", "profile", "trainer")
 MINIMUM_SERVER_VERSION = 160000
@@ -122,6 +123,10 @@ class _CallersConnection(psycopg.Connection[Any]):
 
     A server that stands still answers nothing, not even to a cancellation: the connection is closed then.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cursor_factory = TracedCursor
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         remaining = deadline.remaining_seconds()

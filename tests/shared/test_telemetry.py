@@ -6,15 +6,15 @@ import json
 import subprocess
 import sys
 import textwrap
-import threading
 import urllib.request
-from concurrent import futures
-from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.wrappers_pb2 import StringValue
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+from tests.collector import collecting
+
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 PROGRAM = textwrap.dedent(
     """
@@ -46,28 +46,24 @@ PROGRAM = textwrap.dedent(
 )
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes spans as an OpenTelemetry collector does."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.arrived = threading.Event()
-
-    def Export(self, request: Any, _context: Any) -> Any:
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self.spans.extend(scope.spans)
-        self.arrived.set()
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
 def test_a_call_is_traced_through_both_services_counted_and_logged() -> None:
-    collector = Collector()
-    receiver = grpc.server(futures.ThreadPoolExecutor(2))
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, receiver)
-    collector_port = receiver.add_insecure_port("127.0.0.1:0")
-    receiver.start()
     metrics_port = _free_port()
+    with collecting() as (collector, endpoint):
+        metrics, log = _metrics_and_log(endpoint, metrics_port)
+    assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="Unary",grpc_service="test.Echo"' in metrics
+    assert "grpc_server_handling_seconds_bucket" in metrics
+    own = [span for span in collector.spans if span.trace_id.hex() == TRACE_ID]
+    assert len(own) == 4, "front and back, twice"
+    parents = {span.parent_span_id.hex() for span in own}
+    assert "b7ad6b7169203331" in parents, "the caller's span is a parent"
+    assert parents & {span.span_id.hex() for span in own}, "the front's span is the back's parent"
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    failed = [line for line in lines if line["event"] == "call failed"]
+    assert {line["trace_id"] for line in failed} == {TRACE_ID}
+    assert "NOTHING_HERE" in {line["reason"] for line in failed}
+
+
+def _metrics_and_log(endpoint: str, metrics_port: int) -> tuple[str, str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
         stdin=subprocess.PIPE,
@@ -75,7 +71,7 @@ def test_a_call_is_traced_through_both_services_counted_and_logged() -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector_port}",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
             "SHOPKEEPER_METRICS_PORT": str(metrics_port),
             "SHOPKEEPER_LISTEN": "127.0.0.1:0",
             "PATH": "/usr/bin:/bin",
@@ -84,8 +80,7 @@ def test_a_call_is_traced_through_both_services_counted_and_logged() -> None:
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        trace_id = "0af7651916cd43dd8448eb211c80319c"
-        metadata = (("traceparent", f"00-{trace_id}-b7ad6b7169203331-01"),)
+        metadata = (("traceparent", f"00-{TRACE_ID}-b7ad6b7169203331-01"),)
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             method = channel.unary_unary(
                 "/test.Echo/Unary", StringValue.SerializeToString, StringValue.FromString
@@ -100,18 +95,7 @@ def test_a_call_is_traced_through_both_services_counted_and_logged() -> None:
     finally:
         if process.poll() is None:
             process.kill()
-        receiver.stop(0)
-    assert 'grpc_server_handled_total{grpc_code="OK",grpc_method="Unary",grpc_service="test.Echo"' in metrics
-    assert "grpc_server_handling_seconds_bucket" in metrics
-    own = [span for span in collector.spans if span.trace_id.hex() == trace_id]
-    assert len(own) == 4, "front and back, twice"
-    parents = {span.parent_span_id.hex() for span in own}
-    assert "b7ad6b7169203331" in parents, "the caller's span is a parent"
-    assert parents & {span.span_id.hex() for span in own}, "the front's span is the back's parent"
-    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    failed = [line for line in lines if line["event"] == "call failed"]
-    assert {line["trace_id"] for line in failed} == {trace_id}
-    assert "NOTHING_HERE" in {line["reason"] for line in failed}
+    return metrics, log
 
 
 def _free_port() -> int:

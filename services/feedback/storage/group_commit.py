@@ -13,11 +13,13 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import psycopg
+from opentelemetry import trace
 from prometheus_client import Counter, Histogram
 
 from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
@@ -40,6 +42,7 @@ _COMMIT_CALLS = Histogram(
     "Calls that shared one commit of the log.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128),
 )
+_tracer = trace.get_tracer("shopkeeper.feedback")
 _FAILURES = Counter("shopkeeper_feedback_commit_failures_total", "Commits that failed.", ["cause"])
 
 
@@ -59,6 +62,28 @@ class Writer(Protocol):
 class _Waiting:
     columns: EventColumns
     future: Future[Appended]
+    caller: trace.SpanContext
+
+
+def _span_of(batch: list[_Waiting]) -> AbstractContextManager[object]:
+    """A commit is a span in the trace of the first of its calls that is traced, and linked to those of the others."""
+    callers = [waiting.caller for waiting in batch if waiting.caller.is_valid]
+    if not callers:
+        return nullcontext()
+    return _tracer.start_as_current_span(
+        "group commit",
+        context=trace.set_span_in_context(trace.NonRecordingSpan(callers[0])),
+        kind=trace.SpanKind.CLIENT,
+        links=[trace.Link(caller) for caller in callers[1:]],
+        attributes={
+            "db.system.name": "postgresql",
+            "shopkeeper.calls": len(batch),
+            "shopkeeper.events": sum(len(waiting.columns) for waiting in batch),
+        },
+        # The details of an error can hold values.
+        record_exception=False,
+        set_status_on_exception=False,
+    )
 
 
 class GroupCommitLog:
@@ -89,6 +114,7 @@ class GroupCommitLog:
     def append(self, columns: EventColumns) -> Future[Appended]:
         """Queues rows for the next commit; see the port."""
         future: Future[Appended] = Future()
+        caller = trace.get_current_span().get_span_context()
         with self._changed:
             if self._stopping:
                 raise Unavailable(
@@ -101,7 +127,7 @@ class GroupCommitLog:
                     {"limit": str(self._queue_rows)},
                     retry_after_seconds=0.25,
                 )
-            self._waiting.append(_Waiting(columns, future))
+            self._waiting.append(_Waiting(columns, future, caller))
             self._waiting_rows += len(columns)
             self._changed.notify()
         return future
@@ -141,7 +167,10 @@ class GroupCommitLog:
     def _commit(self, batch: list[_Waiting]) -> None:
         start = time.perf_counter()
         try:
-            appended = self._writer.append(EventColumns.concatenated([waiting.columns for waiting in batch]))
+            with _span_of(batch):
+                appended = self._writer.append(
+                    EventColumns.concatenated([waiting.columns for waiting in batch])
+                )
         except ShopkeeperError as error:
             _FAILURES.labels(error.metadata.get("cause", error.reason)).inc()
             for waiting in batch:
