@@ -1,14 +1,14 @@
-"""What content vectors are worth for items that nobody has touched: `make bench-encoders DATA=DIR` (OUT=FILE).
+"""What content vectors are worth for items that nobody has touched: `make bench-encoders DATA=DIR`.
 
-DIR holds fashion_images, chorus_icecat, beauty and jd_actions; what is missing is left out. The last line is JSON.
+DIR holds fashion_images, chorus_icecat and beauty; what is missing is left out. The last line is JSON.
 
 fashion    a picture, a title, a brand, gender and a top category are known of every item; half of the items are
            cold. How alike are the ten nearest of a cold item: gain 1 for the same kind (articleType), and 1/3 each
            more for the same colour, use and season; NDCG@10
 search     a query's best judged product stands for what a shopper liked; the others judged for the query are to
            be found among thousands: NDCG@10, recall@100
-beauty, jd a tenth of the items is cold. The first cold item of a shopper is to be found among all cold ones by the mean
-           vector of what came before it: recall@20, beside chance
+beauty     a tenth of the items is cold, and attributes are all that is known of them. The first cold item of a
+           shopper is to be found among all cold ones by the mean vector of what came before: recall@20, beside chance
 
 Each by every part alone and by their fusion; with the milliseconds that a text and a picture take. Error bars are
 the standard error over queries.
@@ -231,26 +231,6 @@ def beauty(directory: Path, weights: Mapping[str, float]) -> dict[str, Any]:
     return behaviour(histories, items, weights)
 
 
-def jd(directory: Path, weights: Mapping[str, float]) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    products = pq.read_table(directory / "products.parquet").to_pylist()
-    number = {row["sku_id"]: at for at, row in enumerate(products)}
-    items = [
-        Item(str(row["sku_id"]), brand=str(row["br"]), category_path=(str(row["cate"]),),
-             tags=tuple(f"{name}:{row[name]}" for name in ("a1", "a2", "a3")))
-        for row in products
-    ]  # fmt: skip
-    actions = pq.read_table(directory / "actions.parquet", columns=["user_id", "sku_id", "ts"]).to_pylist()
-    histories: dict[int, list[int]] = {}
-    for row in sorted(actions, key=lambda row: (row["user_id"], row["ts"])):
-        at = number.get(row["sku_id"])
-        history = histories.setdefault(row["user_id"], [])
-        if at is not None and at not in history:
-            history.append(at)
-    return behaviour(list(histories.values()), items, weights)
-
-
 def _product(product: Mapping[str, Any]) -> Item:
     facets = tuple(
         Attribute(key.removeprefix("attr_t_"), str(value))
@@ -293,7 +273,6 @@ def main() -> None:
         "fashion": ("fashion_images", lambda path: fashion(path, encoders, weights)),
         "search": ("chorus_icecat", lambda path: search(path, encoders, weights)),
         "beauty": ("beauty", lambda path: beauty(path, weights)),
-        "jd": ("jd_actions", lambda path: jd(path, weights)),
     }
     for name, (directory, measure) in measures.items():
         if (arguments.data / directory).is_dir():

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from PIL import Image
 from shopkeeper.profile.v1 import profile_service_pb2 as pb
 from shopkeeper.profile.v1 import profile_service_pb2_grpc, user_portrait_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2, recommend_service_pb2_grpc, recommendation_pb2
@@ -29,6 +30,7 @@ from services.profile.domain.classification_quality import Quality, auc, log_los
 from services.profile.domain.logistic_regression import LogisticRegression
 from services.profile.domain.purchase_counts import BgNbd
 from services.profile.domain.purchase_log import PurchaseLog
+from services.profile.domain.reliability_diagram import BLUE, ORANGE
 from services.profile.domain.win_back import MIN_SIMILAR
 from services.profile.settings import ProfileSettings
 from services.profile.storage.churn_registry import ChurnModels
@@ -493,6 +495,10 @@ def test_a_trained_model_lists_shoppers_and_tells_when_one_crosses_the_threshold
     shop.service.churn.tick()
     assert stub.GetChurnModel(pb.GetChurnModelRequest()).model_version == version
     manifest = json.loads((directory / version / "manifest.json").read_text())
+    with Image.open(directory / version / "reliability.png") as diagram:
+        pixels = np.asarray(diagram.convert("RGB"))
+    assert all((pixels == colour).all(axis=2).any() for colour in (BLUE, ORANGE))
+    assert "reliability.png" in manifest["files"]
     assert manifest["gate"]["verdict"] in ("PASSED", "FAILED")
     assert manifest["signature"]
 

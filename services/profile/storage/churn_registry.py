@@ -1,4 +1,4 @@
-"""Churn models in the registry: `churn/<version>/{manifest.json, model.json, card.md}`, data only, signed."""
+"""Churn models in the registry: `churn/<version>/{manifest.json, model.json, card.md, reliability.png}`, data only, signed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from services.profile.domain.classification_quality import Quality
 from services.profile.domain.logistic_regression import LogisticRegression
 from services.profile.domain.purchase_counts import BgNbd
 from services.profile.domain.purchase_values import GammaGamma
+from services.profile.domain.reliability_diagram import BLUE, ORANGE, reliability_diagram
 from shared.bundle.manifest import (
     CARD,
     MANIFEST,
@@ -35,6 +36,7 @@ from shared.errors import DataLoss, NotFound
 
 MODEL = "churn"
 MODEL_FILE = "model.json"
+DIAGRAM = "reliability.png"
 MAX_MODEL_BYTES = 64 << 20
 
 
@@ -73,6 +75,7 @@ class ChurnModels:
             staging.mkdir()
             _write(staging / MODEL_FILE, canonical_json(_to_json(model)))
             _write(staging / CARD, _card(version, model).encode())
+            _write(staging / DIAGRAM, _diagram(model))
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "model": MODEL,
@@ -80,7 +83,7 @@ class ChurnModels:
                 "created_at": now.isoformat(timespec="seconds"),
                 "files": {
                     name: dict(zip(("sha256", "bytes"), sha256_of(staging / name), strict=True))
-                    for name in (CARD, MODEL_FILE)
+                    for name in (CARD, DIAGRAM, MODEL_FILE)
                 },
                 "data": {"trained_until": _iso(model.trained_until_us)},
                 "hyper_parameters": {"horizon_days": model.horizon_days},
@@ -230,6 +233,12 @@ def _card(version: str, model: ChurnModel) -> str:
             lines.append(
                 f"| {name} | {quality.auc:.4f} | {quality.log_loss:.4f} | {quality.expected_calibration_error:.4f} |"
             )
+    lines += [
+        "",
+        f"![reliability]({DIAGRAM})",
+        "",
+        "Predicted across, observed upwards; blue the model, orange BG/NBD, the area of a dot by its shoppers.",
+    ]
     for name, quality in (("model", model.quality), ("BG/NBD", model.reference_quality)):
         if quality is not None:
             lines += [
@@ -244,6 +253,11 @@ def _card(version: str, model: ChurnModel) -> str:
                 for b in quality.reliability
             ]
     return "\n".join(lines) + "\n"
+
+
+def _diagram(model: ChurnModel) -> bytes:
+    qualities = ((model.reference_quality, ORANGE), (model.quality, BLUE))
+    return reliability_diagram([(one.reliability, colour) for one, colour in qualities if one is not None])
 
 
 def _iso(time_us: int) -> str:

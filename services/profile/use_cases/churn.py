@@ -123,6 +123,7 @@ class ChurnWatch:
         self._problem = ""
         self._streams = 0
         self._lock = threading.Lock()
+        self._ticking = threading.Lock()
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -147,6 +148,11 @@ class ChurnWatch:
         Raises:
             Unavailable: the database does not answer.
         """
+        # One at a time: scores that come out last are those of the newest reading.
+        with self._ticking:
+            self._tick()
+
+    def _tick(self) -> None:
         self._erased = frozenset(self._alerts.erase_forgotten())
         self._reload()
         now_us = self._clock_us()
@@ -156,8 +162,9 @@ class ChurnWatch:
 
     def score_now(self) -> None:
         """Ticks, and scores whether it is time or not."""
-        self._due_us = 0
-        self.tick()
+        with self._ticking:
+            self._due_us = 0
+            self._tick()
 
     def model(self, horizon_days: int) -> tuple[str, ChurnModel]:
         """Returns the model in service and its version; 0 stands for whatever horizon it has.
