@@ -43,7 +43,10 @@ from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
 from shared.bundle import Registry, load_bundle
+from shared.bundle.arrays import encode_arrays
 from shared.bundle.history import encoder_inputs, history_from_events
+from shared.bundle.ranker import MAX_POSITION, RANKER, RANKER_FORMAT, TASKS, Ranker, RankerWeights
+from shared.bundle.ranker_features import FEATURES, STATIC_FEATURES, ItemTable
 from shared.bundle.scoring import blended_scores
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.bundle.writer import write_bundle
@@ -106,7 +109,25 @@ def item_id(number: int) -> str:
     return f"item-{number:07d}"
 
 
-def publish(home: Path, items: int) -> str:
+def random_ranker(items: int) -> Ranker:
+    """Returns a second stage of the size that training makes, with an opinion of its own."""
+    random = np.random.default_rng(2)
+    features, tasks = len(FEATURES), len(TASKS)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return (0.1 * random.standard_normal(shape)).astype(np.float32)
+
+    weights = RankerWeights(
+        drawn(features), np.full(features, 3, np.float32), drawn(2, features, features), drawn(2, features),
+        drawn(features, 32), drawn(32), drawn(32, 16), drawn(16), drawn(features + 16, tasks), drawn(tasks),
+        np.zeros(MAX_POSITION, np.float32), np.array([[1, 0]] * tasks, np.float32),
+    )  # fmt: skip
+    groups_I = random.integers(0, 200, items).astype(np.int32)
+    table = ItemTable.of(drawn(items, len(STATIC_FEATURES)), groups_I, groups_I, np.zeros(items, np.int64))
+    return Ranker(weights, table)
+
+
+def publish(home: Path, items: int, ranked: bool = False) -> str:
     """Publishes the bundle; returns what its encoder is."""
     random = np.random.default_rng(1)
     centres = random.normal(size=(max(20, items // 100), DIMENSION)).astype(np.float32)
@@ -150,8 +171,9 @@ def publish(home: Path, items: int) -> str:
                 "backward": 0.3,
                 "repeat": -0.4,
             },
+            "ranker": {"format": RANKER_FORMAT, "features": list(FEATURES), "tasks": list(TASKS)},
         },
-        attachments={},
+        attachments={RANKER: encode_arrays(random_ranker(items).to_arrays())} if ranked else {},
         signing_key=read_signing_key(home / "keys"),
     )
     point(home / "registry", version)
@@ -323,10 +345,10 @@ class PythonLoad:
 class Bench:
     """The stand-in, the service, and the shoppers' requests."""
 
-    def __init__(self, home: Path, items: int) -> None:
+    def __init__(self, home: Path, items: int, ranked: bool = False) -> None:
         self.home, self.items = home, items
         ensure_development_keys(home / "keys")
-        self.encoder = publish(home, items)
+        self.encoder = publish(home, items, ranked)
         self.profile = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.bench_serve", "--serve-profile", str(home), "--items", str(items)],
             cwd=REPOSITORY,
@@ -545,6 +567,7 @@ def main() -> None:
     )
     parser.add_argument("--items", type=int, default=12_000, help="items of catalogue and model")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
+    parser.add_argument("--ranked", action="store_true", help="a model with a second stage")
     parser.add_argument("--serve-profile", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_profile is not None:
@@ -554,7 +577,7 @@ def main() -> None:
     began = time.perf_counter()
     bench = None
     try:
-        bench = Bench(home, arguments.items)
+        bench = Bench(home, arguments.items, arguments.ranked)
         numbers: dict[str, Any] = {}
         for name, value in measured(bench, arguments.seconds):
             numbers[name] = value
