@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import rule_pb2, serving_config_pb2
+from shopkeeper.recommend.v1.recommendation_pb2 import CANDIDATE_SOURCE_POPULAR_IN_SEGMENT
 
 from services.recommend.converters.filter_language import FilterLanguage
 from services.recommend.converters.requests import Checker
@@ -25,6 +26,7 @@ from services.recommend.domain.serving_config import (
     Scorer,
     ServingConfig,
 )
+from services.recommend.domain.source import DEFAULT_CANDIDATE_LIMIT, Source, SourceWeight
 from shared.errors import Unimplemented
 
 _M = TypeVar("_M", bound=Message)
@@ -36,8 +38,11 @@ MAX_DISPLAY_NAME = 256
 MAX_RULES = 100
 MAX_PINS = 100
 MAX_PLACEMENTS = 100
+MAX_SOURCES = 10
+_WEIGHED_SOURCES = frozenset(int(source) for source in Source if source is not Source.RULE)
 _OUTPUT_ONLY = frozenset({"built_in", "version", "create_time", "update_time"})
-_NOT_BUILT = {"sources": "leave it out: the scorer implies its sources"}
+_MAX_WEIGHT = 1000
+_MAX_CANDIDATES = 10_000
 
 
 class ConfigurationConverter:
@@ -100,19 +105,13 @@ class ConfigurationConverter:
         """
         check = Checker(prefix)
         _display_name(check, message.display_name)
-        for field, instead in _NOT_BUILT.items():
-            if getattr(message, field):
-                raise Unimplemented("NOT_BUILT_YET", f"{prefix}{field} is not built yet; {instead}.")
         scorer_name = _enum_name(serving_config_pb2.ServingConfig.Scorer, message.scorer)
         scorer = Scorer.BLENDED
-        if scorer_name == "SCORER_WEIGHTED_SUM":
-            raise Unimplemented(
-                "NOT_BUILT_YET", f"{prefix}scorer SCORER_WEIGHTED_SUM is not built yet; use SCORER_BLENDED."
-            )
         if not scorer_name:
             check.wrong("scorer", f"{message.scorer} is not a value of its enum")
         elif message.scorer:
             scorer = Scorer(scorer_name)
+        sources = self._sources(check, message, scorer)
         named = {
             field: check.name(field, getattr(message, field), "")
             for field in ("model", "model_alias", "shadow_model_alias")
@@ -176,11 +175,45 @@ class ConfigurationConverter:
             ranker_depth=second.depth or 100,
             outcome_weights=weights if any(weights) else None,
             rule_ids=rule_ids,
+            sources=sources,
             model=named["model"],
             model_alias=named["model_alias"],
             shadow_model_alias=named["shadow_model_alias"],
             built_in=False,
         )
+
+    @staticmethod
+    def _sources(
+        check: Checker, message: serving_config_pb2.ServingConfig, scorer: Scorer
+    ) -> tuple[SourceWeight, ...]:
+        if scorer is not Scorer.WEIGHTED_SUM:
+            if message.sources:
+                check.wrong(
+                    "sources",
+                    "are those that the scorer implies; leave them out, or send SCORER_WEIGHTED_SUM",
+                )
+            return ()
+        found: list[SourceWeight] = []
+        for n, entry in enumerate(message.sources[:MAX_SOURCES]):
+            path = f"sources[{n}]"
+            if entry.source == CANDIDATE_SOURCE_POPULAR_IN_SEGMENT:
+                raise Unimplemented(
+                    "NOT_BUILT_YET",
+                    f"{check.path(path)}.source CANDIDATE_SOURCE_POPULAR_IN_SEGMENT is not built yet; use "
+                    "CANDIDATE_SOURCE_POPULAR.",
+                )
+            _within(check, f"{path}.weight", entry.weight, 0, _MAX_WEIGHT)
+            _within(check, f"{path}.candidate_limit", entry.candidate_limit, 0, _MAX_CANDIDATES)
+            if entry.source not in _WEIGHED_SOURCES:
+                check.wrong(f"{path}.source", "must name a source of candidates")
+                continue
+            source = Source(entry.source)
+            if any(other.source is source for other in found):
+                check.wrong(f"{path}.source", "is named twice")
+            found.append(SourceWeight(source, entry.weight, entry.candidate_limit or DEFAULT_CANDIDATE_LIMIT))
+        if not any(entry.weight > 0 for entry in found) or len(message.sources) > MAX_SOURCES:
+            check.wrong("sources", f"must be 1 to {MAX_SOURCES}, one of them with a weight above 0")
+        return tuple(found)
 
     def rehearsal(self, request: pb.RehearseRuleRequest) -> tuple[Rule, str, int]:
         """Returns the draft, the serving config and the most requests; raises as `rule`."""
@@ -329,6 +362,14 @@ def serving_config_of(config: ServingConfig) -> serving_config_pb2.ServingConfig
             for policy in config.placement_policies.values()
         ],
         rule_ids=config.rule_ids,
+        sources=[
+            serving_config_pb2.SourceWeight(
+                source=int(entry.source),  # type: ignore[arg-type]
+                weight=entry.weight,
+                candidate_limit=entry.candidate_limit,
+            )
+            for entry in config.sources
+        ],
         model=config.model or "main",
         model_alias=config.model_alias or "production",
         shadow_model_alias=config.shadow_model_alias,

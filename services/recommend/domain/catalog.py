@@ -156,7 +156,7 @@ class CatalogStore:
             items = list(upserted)
             for row, item in zip(self._index.intern(i.item_id for i in items).tolist(), items, strict=True):
                 self._staged[row] = item
-                self._reindex(row, _keys(item))
+                self._reindex(row, keys_of(item))
                 self._known.add(row)
                 if self._seen_since_reset is not None:
                     self._seen_since_reset.add(row)
@@ -278,7 +278,8 @@ def _grown(column: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic
     return grown
 
 
-def _keys(item: CatalogItem) -> dict[PostingKey, float | None]:
+def keys_of(item: CatalogItem) -> dict[PostingKey, float | None]:
+    """Returns the postings that an item is in, with its number where the posting is numeric."""
     texts: list[PostingKey] = [
         *(("category", step) for step in item.category_path),
         *(("tags", tag) for tag in item.tags),

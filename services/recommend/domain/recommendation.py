@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.serving_config import ServingConfig
+from services.recommend.domain.source import Source as Source
 from shared.identity import UserKey
 from shared.tokens import AttributionToken, ConsistencyToken
 
@@ -24,20 +25,6 @@ class ListKind(Enum):
     BUY_AGAIN = "buy_again"
     TRENDING = "trending"
     CART = "cart"
-
-
-class Source(IntEnum):
-    """Where candidates come from; numbered as `CandidateSource` in the contract."""
-
-    SEQUENCE = 1
-    COOCCURRENCE = 2
-    CONTENT = 3
-    BUY_AGAIN = 4
-    TRENDING = 5
-    NEW_ITEMS = 6
-    POPULAR = 8
-    COSINE = 9
-    RULE = 10
 
 
 class ReasonKind(IntEnum):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from services.recommend.domain.source import SourceWeight
+
 
 class Scorer(Enum):
     """How a score comes about; named as in the contract."""
@@ -14,6 +16,7 @@ class Scorer(Enum):
     POPULARITY = "SCORER_POPULARITY"
     COSINE = "SCORER_COSINE"
     ITEM_TO_ITEM = "SCORER_ITEM_TO_ITEM"
+    WEIGHTED_SUM = "SCORER_WEIGHTED_SUM"
 
 
 class DiversityAlgorithm(Enum):
@@ -64,6 +67,7 @@ class ServingConfig:
     Attributes:
         diversity_strength: in [0, 1]; 0 is none.
         diversity_depth: how many of the best candidates are reordered.
+        sources: of Scorer.WEIGHTED_SUM, each once; other scorers imply theirs.
         cosine_alpha: alpha of Scorer.COSINE.
         exploration_slots: how many slots of a page may explore, in [0, 10].
         exploration_probability: with which each of them does, in [0, 1].
@@ -90,6 +94,7 @@ class ServingConfig:
     ranker_depth: int = 100
     outcome_weights: tuple[float, float, float] | None = None
     rule_ids: tuple[str, ...] = ()
+    sources: tuple[SourceWeight, ...] = ()
     model: str = ""
     model_alias: str = ""
     shadow_model_alias: str = ""

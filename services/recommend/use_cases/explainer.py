@@ -146,6 +146,12 @@ def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
     world, scores = ranking.world, ranking.scores
     model = world.model
     found: list[SourceScore] = []
+    if scores.parts:
+        for part in scores.parts:
+            if (value := float(part.found_R[row])) > -np.inf:
+                rank = int(np.count_nonzero(part.found_R > part.found_R[row])) + 1
+                found.append(SourceScore(part.source, value, part.contribution(row), rank))
+        return found
     index = -1 if model is None else int(model.indices_of(np.array([row], np.int32))[0])
     if model is not None and index >= 0:
         companion, cooccurrence_I = scores.companion, scores.cooccurrence_I

@@ -69,12 +69,21 @@ def reasons_for(
                 pass
             case Source.BUY_AGAIN:
                 found[k] = [_buy_again(world, history, int(rows_K[k]))]
+            case Source.SEQUENCE if scores.parts:
+                found[k] = [Reason(ReasonKind.SEQUENCE, "Suits what you did lately", contribution=value)]
+            case Source.CONTENT if scores.parts:
+                # Of several events together: naming one would be untrue.
+                found[k] = [
+                    Reason(ReasonKind.SIMILAR_TO, "Resembles what you looked at lately", contribution=value)
+                ]
             case _:
                 personal.append(k)
     if personal and world.model is not None:
         rows_C = rows_K[personal]
         indices_C = world.model.indices_of(rows_C)
-        if scores.model_history is not None:
+        if scores.parts:
+            made = _counted_reasons(world, world.model, history, indices_C, values_K[personal])
+        elif scores.model_history is not None:
             made = _blend_reasons(world, world.model, scores, history, scores.model_history, indices_C)
         else:
             made = _item_to_item_reasons(world, world.model, scores, indices_C)
@@ -115,6 +124,20 @@ def _blend_reasons(
                 # No single event carries it: naming one would be untrue.
                 reasons[c] = [Reason(ReasonKind.SEQUENCE, "Suits what you did lately")]
     return reasons
+
+
+def _counted_reasons(
+    world: World, model: Model, history: History, indices_C: npt.NDArray[np.int64], values_C: Float32
+) -> list[list[Reason]]:
+    """Returns the event that most of each item's co-occurrence comes from."""
+    read = model.read_history(history)
+    contributions_CH = model.cooccurrence_contributions(read, indices_C)
+    made = []
+    for contributions_H, value in zip(contributions_CH, values_C.tolist(), strict=True):
+        place = int(contributions_H.argmax())
+        kind, wording = _REASON_OF_KIND[EventKind(int(read.kinds_H[place]))]
+        made.append([_about(world, history, read, place, kind, wording, value)])
+    return made
 
 
 def _occlude(

@@ -182,7 +182,11 @@ class Recommender:
         ranking.scores = scores = self._scoring.score(ranking)
         ranking.degraded += scores.degraded
         scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
-        mark = ranking.mark("score", mark, eligible, scored)
+        detail = ", ".join(
+            f"{part.source.name.lower()} {part.weight:g} x {len(part.rows)} candidates"
+            for part in scores.parts
+        )
+        mark = ranking.mark("score", mark, eligible, scored, detail)
 
         if ranked_again := rank_again(ranking):
             mark = ranking.mark("second_stage", mark, ranked_again, ranked_again)

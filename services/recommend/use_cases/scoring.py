@@ -43,6 +43,27 @@ class SecondStage:
         return int(places[0]) if len(places) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one source adds to a weighted sum.
+
+    Attributes:
+        rows: its candidates, best first.
+        found_R: the source's own scores.
+        scaled_R: them scaled to [0, 1] over its candidates, 0 elsewhere.
+    """
+
+    source: Source
+    weight: float
+    rows: npt.NDArray[np.int32]
+    found_R: Float32
+    scaled_R: Float32
+
+    def contribution(self, row: int) -> float:
+        """Returns what it adds to the score of a row."""
+        return self.weight * float(self.scaled_R[row])
+
+
 @dataclass(slots=True)
 class Scores:
     """What a scorer found.
@@ -60,6 +81,7 @@ class Scores:
         seed_indices: the model's indices of the items that the question is about.
         purchases: of BUY_AGAIN.
         second: what the ranker did to `score_R`; None where none took part.
+        parts: of a weighted sum, else empty.
         degraded: what it went without.
     """
 
@@ -74,6 +96,7 @@ class Scores:
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     purchases: Purchases | None = None
+    parts: list[Part] = field(default_factory=list)
     second: SecondStage | None = None
     degraded: list[Degradation] = field(default_factory=list)
 

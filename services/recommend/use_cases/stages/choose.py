@@ -40,7 +40,9 @@ class Choosing:
         count = min(query.page_size or ranking.policy.default_page_size, MAX_PAGE_SIZE)
         count = min(count, MAX_PAGED_ITEMS - query.page.offset)
         personal = query.kind in PERSONAL
-        by_vectors = scores.model_history is not None or scores.sources == [Source.COSINE]
+        by_vectors = (
+            scores.model_history is not None or bool(scores.parts) or scores.sources == [Source.COSINE]
+        )
         if personal and by_vectors and config.diversity_strength > 0:
             if ranking.remaining() > _DIVERSITY_SECONDS:
                 ranking.strength = config.diversity_strength

@@ -29,6 +29,13 @@ def reasons_of(ranking: Ranking, rows_K: np.ndarray, tiers_K: np.ndarray) -> lis
         [tiers[tier].score_R[row] for row, tier in zip(rows_K, tiers_K, strict=True)], dtype=np.float32
     )
     sources_K = [tiers[tier].source for tier in tiers_K]
+    parts = ranking.scores.parts
+    if parts:
+        # Of a weighted sum the source that adds most is the reason.
+        for k in np.flatnonzero(tiers_K == 0).tolist():
+            strongest = max(parts, key=lambda part: part.contribution(int(rows_K[k])))
+            sources_K[k] = strongest.source
+            values_K[k] = strongest.contribution(int(rows_K[k]))
     if ranking.scores.model_history is not None and ranking.scores.logits_I is None:
         # The prior that stood in for the encoder is no count.
         sources_K = [Source.COOCCURRENCE if tier == 0 else tiers[tier].source for tier in tiers_K]

@@ -21,6 +21,7 @@ from services.recommend.use_cases.scoring import (
     together_scores,
     trending_scores,
 )
+from services.recommend.use_cases.weighted_sum import Asking, weighted_sum
 from shared.errors import NotFound
 
 _ENCODE_SECONDS = 0.002
@@ -56,6 +57,10 @@ class Scoring:
                     return Scores(nothing_R, [Source.COOCCURRENCE], degraded=[missing])
                 indices = model.indices_of(rows_of(world, query.item_ids))
                 return together_scores(world, model, np.unique(indices[indices >= 0]))
+        if ranking.config.scorer is Scorer.WEIGHTED_SUM:
+            may_encode = ranking.remaining() > _ENCODE_SECONDS
+            asking = Asking(world, history, self._counts, now, ranking.config.cosine_alpha, may_encode)
+            return weighted_sum(asking, ranking.config.sources, ranking.eligibility.eligible_R)
         if ranking.config.scorer is Scorer.ITEM_TO_ITEM and model is not None and len(history):
             indices_N = model.indices_of(history.rows_N)
             known = np.flatnonzero(indices_N >= 0)

@@ -39,7 +39,10 @@ class _CandidateSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Candi
     their age.
     """
     CANDIDATE_SOURCE_CONTENT: _CandidateSource.ValueType  # 3
-    """Similarity of item vectors (cosine)."""
+    """What items are. In a weighted sum: what they have in common in the catalogue
+    with the newest items of the history; item to item: the cosine of item
+    vectors; in the blend: the attribute term.
+    """
     CANDIDATE_SOURCE_BUY_AGAIN: _CandidateSource.ValueType  # 4
     """Items that the shopper has bought before and may need again."""
     CANDIDATE_SOURCE_TRENDING: _CandidateSource.ValueType  # 5
@@ -69,7 +72,10 @@ CANDIDATE_SOURCE_COOCCURRENCE: CandidateSource.ValueType  # 2
 their age.
 """
 CANDIDATE_SOURCE_CONTENT: CandidateSource.ValueType  # 3
-"""Similarity of item vectors (cosine)."""
+"""What items are. In a weighted sum: what they have in common in the catalogue
+with the newest items of the history; item to item: the cosine of item
+vectors; in the blend: the attribute term.
+"""
 CANDIDATE_SOURCE_BUY_AGAIN: CandidateSource.ValueType  # 4
 """Items that the shopper has bought before and may need again."""
 CANDIDATE_SOURCE_TRENDING: CandidateSource.ValueType  # 5

@@ -55,7 +55,9 @@ class ServingConfig(_message.Message):
         SCORER_ITEM_TO_ITEM: ServingConfig._Scorer.ValueType  # 4
         """Cosine of item vectors plus log-damped co-occurrence, item to item."""
         SCORER_WEIGHTED_SUM: ServingConfig._Scorer.ValueType  # 5
-        """The sum of the sources' scores, each times its weight."""
+        """The sum of the sources' scores, each scaled over the source's candidates
+        (the best 1, the last 0) and times its weight. `sources` names them.
+        """
 
     class Scorer(_Scorer, metaclass=_ScorerEnumTypeWrapper):
         """How the scores of the sources become one."""
@@ -76,7 +78,9 @@ class ServingConfig(_message.Message):
     SCORER_ITEM_TO_ITEM: ServingConfig.Scorer.ValueType  # 4
     """Cosine of item vectors plus log-damped co-occurrence, item to item."""
     SCORER_WEIGHTED_SUM: ServingConfig.Scorer.ValueType  # 5
-    """The sum of the sources' scores, each times its weight."""
+    """The sum of the sources' scores, each scaled over the source's candidates
+    (the best 1, the last 0) and times its weight. `sources` names them.
+    """
 
     SERVING_CONFIG_ID_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -122,8 +126,10 @@ class ServingConfig(_message.Message):
     """
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceWeight]:
-        """The sources and their weights, at most one entry a source. Empty: those that
-        the scorer implies.
+        """The sources of `SCORER_WEIGHTED_SUM` and their weights, at most one entry a
+        source, at least one of them above 0. Empty with every other scorer, which
+        implies its sources. `CANDIDATE_SOURCE_POPULAR_IN_SEGMENT` and
+        `CANDIDATE_SOURCE_RULE` cannot be named.
         """
 
     @_builtins.property

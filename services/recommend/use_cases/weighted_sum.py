@@ -1,0 +1,153 @@
+"""The sum of sources that a serving config names, each times its weight.
+
+Sources measure in units of their own: log-probabilities, counts, days. So each is scaled over its own
+candidates, the best of them 1 and the last 0, before it is weighted: a weight says how much the first item of a
+source is worth beside the first of another. An item that a source does not name gets nothing from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.recommend.domain.catalog import Catalog, Mask, keys_of
+from services.recommend.domain.history import History
+from services.recommend.domain.live_counts import LiveCounts
+from services.recommend.domain.ranking import top_rows
+from services.recommend.domain.recommendation import Cause, Degradation
+from services.recommend.domain.source import Source, SourceWeight
+from services.recommend.ports import Float32, Model, ModelHistory
+from services.recommend.use_cases.scoring import (
+    Part,
+    Scores,
+    buy_again,
+    cosine_scores,
+    newest_scores,
+    popular_scores,
+    trending_scores,
+)
+from services.recommend.use_cases.world import World
+
+_TRENDING_SECONDS = 86_400.0
+_CONTENT_EVENTS = 10
+_CONTENT_DECAY = 0.8
+_WIDEST_SHARE = 0.5
+"""Share of the catalogue above which a value that items have in common says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """What every source is asked with."""
+
+    world: World
+    history: History
+    counts: LiveCounts
+    now: float
+    alpha: float
+    may_encode: bool
+
+
+def weighted_sum(asking: Asking, weights: Sequence[SourceWeight], eligible_R: Mask) -> Scores:
+    """Returns the scores; popularity where no source names an item that may be shown.
+
+    Args:
+        weights: the sources and what they count.
+        eligible_R: what may be shown: a source's candidates are its best among these.
+    """
+    world = asking.world
+    model = world.model
+    read = None if model is None else model.read_history(asking.history)
+    degraded: list[Degradation] = []
+    parts: list[Part] = []
+    score_R = np.full(world.size, -np.inf, dtype=np.float32)
+    for entry in weights:
+        found_R = _found(asking, read, entry, degraded)
+        rows = top_rows(found_R, eligible_R, entry.candidate_limit)
+        scaled_R = np.zeros(world.size, np.float32)
+        if len(rows):
+            best, last = float(found_R[rows[0]]), float(found_R[rows[-1]])
+            scaled_R[rows] = (found_R[rows] - last) / (best - last) if best > last else 1.0
+        parts.append(Part(entry.source, entry.weight, rows, found_R, scaled_R))
+        score_R[rows] = np.maximum(score_R[rows], 0.0)
+        score_R[rows] += np.float32(entry.weight) * scaled_R[rows]
+    if not (score_R > -np.inf).any():
+        scores = popular_scores(world, asking.counts, asking.now)
+        scores.degraded += degraded
+        return scores
+    return Scores(score_R, [entry.source for entry in weights], parts=parts, degraded=degraded)
+
+
+def content_scores(catalog: Catalog, history: History) -> Float32:
+    """Returns how much each item has in common with the newest items of a history, (R,), -inf where nothing.
+
+    sum over the events of 0.8^age * sum over the values that both items have (category, brand, tag, text
+    attribute) of log(R / items that have it): what few items share counts most. From the catalogue alone, so that
+    an item that no model knows yet has a score as soon as it is described.
+    """
+    score_R = np.zeros(catalog.size, np.float32)
+    described = max(1, catalog.described_count)
+    rows_N = history.rows_N[-_CONTENT_EVENTS:]
+    for age, row in enumerate(reversed(rows_N.tolist())):
+        item = catalog.items.get(row)
+        if item is None:
+            continue
+        for key in keys_of(item):
+            posting = catalog.posting(key)
+            if posting.values is None and len(posting.rows) <= max(1, _WIDEST_SHARE * described):
+                score_R[posting.rows] += np.float32(
+                    _CONTENT_DECAY**age * np.log(1 + described / len(posting.rows))
+                )
+    # What they have done already resembles itself most of all, and is no find.
+    score_R[rows_N[rows_N < catalog.size]] = 0
+    return np.where(score_R > 0, score_R, np.float32(-np.inf))
+
+
+def _found(
+    asking: Asking, read: ModelHistory | None, entry: SourceWeight, degraded: list[Degradation]
+) -> Float32:
+    world, model = asking.world, asking.world.model
+    nothing_R = np.full(world.size, -np.inf, dtype=np.float32)
+    match entry.source:
+        case Source.CONTENT:
+            return content_scores(world.catalog, asking.history)
+        case Source.BUY_AGAIN:
+            return buy_again(world, asking.history, asking.now).score_R
+        case Source.TRENDING:
+            return trending_scores(world, asking.counts, _TRENDING_SECONDS, asking.now).score_R
+        case Source.NEW_ITEMS:
+            nothing_R[world.unlearnt_rows] = newest_scores(world)[world.unlearnt_rows]
+            return nothing_R
+        case Source.POPULAR:
+            return popular_scores(world, asking.counts, asking.now).score_R
+    if model is None or read is None or not len(read):
+        return nothing_R
+    if entry.source is Source.COOCCURRENCE:
+        counted_I = model.cooccurrence(read)
+        return world.by_row(np.where(counted_I > 0, counted_I, np.float32(-np.inf)))
+    if not asking.may_encode:
+        degraded.append(Degradation(Cause.ENCODER_SKIPPED, "left out to keep the deadline"))
+        return nothing_R
+    if entry.source is Source.COSINE:
+        scores = cosine_scores(world, model, asking.history, asking.counts, asking.now, asking.alpha)
+        if scores.degraded:
+            degraded.extend(scores.degraded)
+            return nothing_R
+        return scores.score_R
+    try:
+        query_D = model.encode(read)
+    except (RuntimeError, ValueError) as error:
+        degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
+        return nothing_R
+    return _sequence(world, model, read, query_D, entry.candidate_limit)
+
+
+def _sequence(world: World, model: Model, read: ModelHistory, query_D: Float32, limit: int) -> Float32:
+    if not model.is_searched:
+        return world.by_row(model.logits(query_D))
+    indices_C: npt.NDArray[np.int64] = model.candidates(query_D, read, 2 * limit)[0]
+    found_R = np.full(world.size, -np.inf, dtype=np.float32)
+    found_R[model.rows_I[indices_C]] = model.candidate_logits(query_D[None], indices_C)[0]
+    return found_R
