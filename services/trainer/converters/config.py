@@ -17,7 +17,6 @@ from services.trainer.domain.runs import (
     check_name,
 )
 from shared.bundle.history import INTEREST_KINDS
-from shared.errors import Unimplemented
 
 _SIZES = {
     training_run_pb2.TrainingConfig.SIZE_UNSPECIFIED: "small",
@@ -43,12 +42,7 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
 
     Raises:
         InvalidInput: naming every field that is wrong.
-        Unimplemented: it asks for what this build cannot do.
     """
-    if message.initial_version:
-        raise Unimplemented(
-            "NOT_BUILT_YET", "config.initial_version is not built yet; leave it out to train from the start."
-        )
     violations = Violations()
     violations.check(message.size in _SIZES, "config.size", "must be a size of TrainingConfig.")
     violations.check(
@@ -64,6 +58,11 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
     window = _window(message.window, violations)
     evaluation = _evaluation(message.evaluation, violations)
     private = privacy_from_proto(message, violations)
+    violations.check(
+        private is None or not message.initial_version,
+        "config.initial_version",
+        "must be empty with differential_privacy: weights that learned without it would tell what it hides.",
+    )
     violations.raise_any()
     return TrainingConfig(
         size=_SIZES[message.size],
@@ -78,6 +77,7 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         refit=message.refit if message.HasField("refit") else True,
         max_memory_bytes=message.max_memory_bytes,
         differential_privacy=private,
+        initial_version=message.initial_version,
     )
 
 

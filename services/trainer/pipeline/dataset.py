@@ -305,12 +305,14 @@ class ItemAttributes:
     Attributes:
         attribute_IP: (I, P) int32, attribute index + 1 of each place; 0 is an empty place.
         attribute_count: A.
+        names: (A,) the values themselves, in the order of their indices.
         content_IC: vectors of text and pictures, see `content.align`; None where there are none.
     """
 
     attribute_IP: Int32
     attribute_count: int
     content_IC: Float32 | None = None
+    names: Sequence[str] = ()
 
 
 def encode_attributes(
@@ -346,4 +348,4 @@ def encode_attributes(
     attribute_IP = np.zeros((len(item_ids), places), np.int32)
     for row, values_of_row in enumerate(rows):
         attribute_IP[row, : len(values_of_row)] = values_of_row
-    return ItemAttributes(attribute_IP, len(kept))
+    return ItemAttributes(attribute_IP, len(kept), names=kept)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import HyperParameters
-from services.trainer.pipeline import card
+from services.trainer.pipeline import card, warm_start
 from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.blend import FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
@@ -55,6 +55,7 @@ from services.trainer.pipeline.evaluation import (
 from services.trainer.pipeline.gate import judge
 from services.trainer.pipeline.plan import Plan, TrainedModel, split_of
 from services.trainer.pipeline.report import report_of
+from services.trainer.pipeline.warm_start import InitialWeights, begin_at, only_newer, shortened
 from shared.bundle import Bundle
 from shared.errors import Cancelled, FailedPrecondition
 
@@ -100,6 +101,7 @@ def train_model(
     should_stop: Callable[[], bool] = lambda: False,
     code_version: str = "",
     incumbent: Bundle | None = None,
+    initial: InitialWeights | None = None,
     checkpoints: Checkpoints | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainedModel:
@@ -113,10 +115,12 @@ def train_model(
         should_stop: asked often; true ends the run with Cancelled.
         clock: monotonic seconds that the time for training is measured with.
         incumbent: the version in service, which the new one must beat.
+        initial: weights to begin with, in fewer passes; at random without. Only events newer than they are
+            measured on then.
         checkpoints: of the run; training goes on from there, and notes its passes.
 
     Raises:
-        FailedPrecondition: TOO_LITTLE_DATA, DIVERGED or PARITY_BROKEN.
+        FailedPrecondition: TOO_LITTLE_DATA, INITIAL_VERSION_UNFIT, DIVERGED or PARITY_BROKEN.
         Cancelled: `should_stop` said so.
     """
 
@@ -129,6 +133,8 @@ def train_model(
     require_enough(histories)
     exclude = plan.exclude_seen
     split = split_of(histories, plan)
+    if initial is not None:
+        split, size = only_newer(initial, histories, split), shortened(size)
     # TensorFlow takes seconds to import: it does so beside the counting, but only where there is enough data.
     importing = threading.Thread(target=_import_tensorflow, name="import", daemon=True)
     importing.start()
@@ -182,6 +188,13 @@ def train_model(
     cpu_before, wall_before = time.process_time(), time.monotonic()
     budget.resume()
     model = SequenceModel(histories.item_count, attributes, size, seed)
+    if initial is not None:
+        known = begin_at(initial, model, histories.item_ids, attributes)
+        report(
+            "TRAINING",
+            f"Beginning at the weights of version {initial.version}, which knows {known:,} of {histories.item_count:,} items.",
+            remaining_seconds=rest.while_fitting(),
+        )
 
     def validate() -> float:
         query_BD = model.encode(histories, validation)
@@ -218,8 +231,9 @@ def train_model(
             remaining_seconds=rest.while_fitting(),
         )
 
+    begun_at = code_version + (f" from {initial.version}" if initial is not None else "")
     if checkpoints is not None:
-        checkpoints.belong_to(fingerprint_of(training, attributes, size.to_json(), seed, code_version))
+        checkpoints.belong_to(fingerprint_of(training, attributes, size.to_json(), seed, begun_at))
     best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints)
     budget.pause()
     check()
@@ -382,6 +396,7 @@ def train_model(
         f"Training took {train_cpu_seconds:.0f} CPU seconds, {train_wall_seconds:.0f} s of wall time.",
     ]
     attachments = {
+        warm_start.FILE: warm_start.weights_to_bytes(model, attributes),
         card.CURVE: card.draw_curve(
             [e.epoch for e in epochs], [e.loss for e in epochs], [e.validation_ndcg for e in epochs], best_epoch, label
         ),
@@ -399,6 +414,7 @@ def train_model(
         "hyper_parameters": {
             **size.to_json(),
             "seed": seed,
+            **({"initial_version": initial.version} if initial is not None else {}),
             "best_epoch": best_epoch,
             "refit_epochs": passes_after,
             **{f"weight_{name}": weight for name, weight in blend.weights.items()},

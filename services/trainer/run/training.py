@@ -12,6 +12,7 @@ from services.trainer.domain.privacy import DifferentialPrivacy, GaussianRelease
 from services.trainer.domain.runs import TrainingRun
 from services.trainer.pipeline.pipeline import train_model
 from services.trainer.pipeline.plan import TrainedModel
+from services.trainer.pipeline.warm_start import InitialWeights, read_weights
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.privacy.training import PrivateModel, train_privately
@@ -76,6 +77,7 @@ def train(work: Work) -> None:
                 should_stop=work.heart.should_stop,
                 code_version=code_version(),
                 incumbent=incumbent,
+                initial=initial_weights(registry, work, signing_key.public_key()),
                 checkpoints=work.checkpoints(),
             )
             add_second_stage(work, registry, trained, events, attributes, plan, signing_key.public_key())
@@ -142,6 +144,24 @@ def version_in_service(
     except DataLoss as error:
         work.report("READING", f"The version in service is not compared with: {error.message}")
         return alias.version, None
+
+
+def initial_weights(registry: Registry, work: Work, public_key: Ed25519PublicKey) -> InitialWeights | None:
+    """Returns the weights that the run begins with; None where it begins at random.
+
+    Raises:
+        FailedPrecondition: INITIAL_VERSION_UNFIT.
+        DataLoss, NotFound: the version is damaged or gone.
+    """
+    run = work.run
+    if not run.config.initial_version:
+        return None
+    alias = registry.alias(run.model, run.config.initial_version)
+    version = alias.version if alias is not None else run.config.initial_version
+    directory = registry.version_path(run.model, version)
+    # Loading verifies every file.
+    bundle = load_bundle(directory, public_key)
+    return read_weights(directory, version, list(bundle.item_ids), bundle.manifest)
 
 
 def _publish(

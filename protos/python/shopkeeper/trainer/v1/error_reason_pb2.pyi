@@ -100,6 +100,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Of a run: with differential privacy, and the catalogue, whose items are
     the model's, names too few or could not be read. Metadata: `items`.
     """
+    ERROR_REASON_INITIAL_VERSION_UNFIT: _ErrorReason.ValueType  # 32
+    """The version that a run was to begin with has another size than the one
+    asked for, or carries no weights to begin with. Ask for its size, or leave
+    `initial_version` out.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -198,6 +203,11 @@ ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 30
 ERROR_REASON_CATALOGUE_NEEDED: ErrorReason.ValueType  # 31
 """Of a run: with differential privacy, and the catalogue, whose items are
 the model's, names too few or could not be read. Metadata: `items`.
+"""
+ERROR_REASON_INITIAL_VERSION_UNFIT: ErrorReason.ValueType  # 32
+"""The version that a run was to begin with has another size than the one
+asked for, or carries no weights to begin with. Ask for its size, or leave
+`initial_version` out.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.

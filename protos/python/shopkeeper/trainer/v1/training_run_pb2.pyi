@@ -432,8 +432,13 @@ class TrainingConfig(_message.Message):
     version served knows the newest ones. Defaults to true.
     """
     initial_version: _builtins.str
-    """Starts from the weights of this version or alias instead of at random.
-    Empty: at random.
+    """Starts from the weights of this version or alias instead of at random, in
+    a quarter of the passes; items that it does not know start at the mean and
+    their attributes. Measured, and judged, on events alone that are newer than
+    any that it has learned from. Fails with `MODEL_VERSION_NOT_FOUND`; the run
+    fails with `INITIAL_VERSION_UNFIT` where it is of another size, and with
+    `TOO_LITTLE_DATA` where too few events are newer. Not together with
+    `differential_privacy`. Empty: at random.
     """
     max_memory_bytes: _builtins.int
     """The most memory of the run's process, in bytes; beyond it the run fails
