@@ -5,6 +5,7 @@ A key directory holds one file a key, as a Kubernetes secret would be mounted:
     user_key.<version>.hex  32 bytes  pseudonyms; the highest version is current
     tombstone_key.hex       32 bytes  recognises forgotten people, and nothing else
     master_key.hex          32 bytes  wraps the data keys of people's texts
+    master_key.other.hex    32 bytes  only while the master key is rotated: read too, never written with
     token_key.hex           32 bytes  signs consistency, attribution and page tokens
     signing_key.pem         Ed25519   signs bundles and receipts (private)
     signing_key.pub.pem     Ed25519   verifies them (public)

@@ -38,6 +38,7 @@ from services.feedback.storage.imports import PostgresImports
 from services.feedback.storage.impressions import PostgresImpressions
 from services.feedback.storage.key_rotation import PostgresKeyRotation
 from services.feedback.storage.log_writer import LogWriter, verify_durability
+from services.feedback.storage.master_key import rewrap_data_keys
 from services.feedback.storage.metrics import PostgresMetrics
 from services.feedback.storage.notifier import LogNotifier
 from services.feedback.storage.people import PostgresPeople
@@ -58,7 +59,7 @@ from services.feedback.use_cases import (
 )
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
-from shared.keys import read_secret, read_signing_key
+from shared.keys import read_signing_key
 from shared.server import GrpcServer, run_service
 from shared.settings import load_settings
 from shared.telemetry import Telemetry, get_logger
@@ -113,7 +114,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     keys = settings.keys_path
     door = Door.from_directory(keys)
     signer = TokenSigner.from_directory(keys)
-    cipher = TextCipher(read_secret(keys, "master_key"))
+    cipher = TextCipher.from_directory(keys)
     receipt_signer = Ed25519Signer(read_signing_key(keys))
     database = Database(url, schema=SERVICE)
     with database.dedicated_connection() as connection:
@@ -271,8 +272,18 @@ def finish_erasures(settings: FeedbackSettings) -> None:
     """Erases whoever has a tombstone that is not completed: after a restore, before anything is served."""
     database = Database(resolve_url(settings), schema=SERVICE, pool_size=2)
     try:
-        people = PostgresPeople(database, TextCipher(read_secret(settings.keys_path, "master_key")))
+        people = PostgresPeople(database, TextCipher.from_directory(settings.keys_path))
         print(f"{people.finish_erasures()} erasures completed")
+    finally:
+        database.close()
+
+
+def rewrap_keys(settings: FeedbackSettings) -> None:
+    """Brings every data key under the present master key."""
+    database = Database(resolve_url(settings), schema=SERVICE, pool_size=2)
+    try:
+        rewrapped, seen = rewrap_data_keys(database, TextCipher.from_directory(settings.keys_path))
+        print(f"{rewrapped} of {seen} data keys wrapped anew; all are under the present master key")
     finally:
         database.close()
 
@@ -287,9 +298,11 @@ def main() -> None:
         migrate(resolve_url(settings), SERVICE)
     elif command == "finish-erasures":
         finish_erasures(load_settings(FeedbackSettings))
+    elif command == "rewrap-keys":
+        rewrap_keys(load_settings(FeedbackSettings))
     else:
         raise FailedPrecondition(
-            "USAGE", f"Unknown command {command!r}; use serve, migrate or finish-erasures."
+            "USAGE", f"Unknown command {command!r}; use serve, migrate, finish-erasures or rewrap-keys."
         )
 
 
