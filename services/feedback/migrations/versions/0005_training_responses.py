@@ -11,7 +11,7 @@ depends_on = None
 # purchase, click. Items that did not stand in the recommendation are no part of it.
 UPGRADE = """
 CREATE VIEW training_responses_v1 AS
-WITH attributed AS (
+WITH attributed AS NOT MATERIALIZED (
     SELECT e.event_key, e.xid, e.user_key, e.occurred_at, e.kind, e.recommendation_id, e.placement, e.model_version,
         e.item_id, e.position, e.propensity, e.impression_items, e.impression_positions, e.impression_propensities,
         e.line_items, e.line_positions
