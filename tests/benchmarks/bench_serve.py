@@ -32,6 +32,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -514,8 +515,42 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
-    """Yields each number with its name, as soon as it is known."""
+def serve_floor(size: int) -> None:
+    """Serves answers of one size from grpcio's synchronous server, with nothing behind it, until input ends."""
+    answer = bytes(size)
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
+    handler = grpc.unary_unary_rpc_method_handler(lambda _request, _context: answer)
+    service, method = METHOD.strip("/").split("/")
+    server.add_registered_method_handlers(service, {method: handler})
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    server.start()
+    sys.stdin.read()
+
+
+def floor_cpu_ms(bench: Bench, requests: list[pb.RecommendRequest], seconds: float, size: int) -> float:
+    """Returns the CPU a request of grpcio itself, under the same load."""
+    command = [sys.executable, "-m", "tests.benchmarks.bench_serve", "--serve-floor", str(size)]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdin is not None
+        load = type(bench.load)(int(server.stdout.readline()), bench.home)
+        load.run(requests, 0.5)
+        before = sum(psutil.Process(server.pid).cpu_times()[:2])
+        _, took, _ = load.run(requests, seconds)
+        used = sum(psutil.Process(server.pid).cpu_times()[:2]) - before
+        server.stdin.close()
+    return round(1e3 * used / len(took), 3)
+
+
+def measured(bench: Bench, seconds: float, numbers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields each number with its name, as soon as it is known.
+
+    Args:
+        numbers: those that were yielded before.
+    """
     yield "items", bench.items
     yield "encoder", bench.encoder
     yield "load_generator", bench.load.name
@@ -542,6 +577,7 @@ def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
     yield "p50_ms", opened["p50_ms"]
     yield "p99_ms", opened["p99_ms"]
     yield "encode_and_search_ms", opened["score_ms"]
+    yield "grpcio_floor_cpu_ms", floor_cpu_ms(bench, requests, seconds / 2, shortest)
     yield "recall_at_100", round(bench.recall_at_100(), 4)
     yield "rss_mb", round(psutil.Process(bench.server.pid).memory_info().rss / 1e6)
     if bench.items <= LARGE:
@@ -553,6 +589,10 @@ def measured(bench: Bench, seconds: float) -> Iterator[tuple[str, Any]]:
         twice = bench.measure(requests, seconds, 0, 2 * peak)
         yield "overload_offered_per_second", 2 * peak
         yield "overload_goodput_share_of_peak", round(twice["good_rate"] / peak, 3)
+        refused = twice["rate"] - twice["good_rate"]
+        spent = twice["cpu_ms"] * twice["rate"] - numbers["cpu_ms_per_request"] * twice["good_rate"]
+        yield "overload_refused_per_second", round(refused, 1)
+        yield "cpu_ms_per_refusal", round(spent / max(1.0, refused), 3)
         bench.add_server()
         bench.measure(requests * 2, 1.0, 0)
         double = max((bench.measure(requests * 2, seconds, 0) for _ in range(2)), key=lambda one: one["rate"])
@@ -569,7 +609,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement")
     parser.add_argument("--ranked", action="store_true", help="a model with a second stage")
     parser.add_argument("--serve-profile", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--serve-floor", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve_floor is not None:
+        serve_floor(arguments.serve_floor)
+        return
     if arguments.serve_profile is not None:
         serve_profile(arguments.serve_profile, arguments.items)
         return
@@ -579,7 +623,7 @@ def main() -> None:
     try:
         bench = Bench(home, arguments.items, arguments.ranked)
         numbers: dict[str, Any] = {}
-        for name, value in measured(bench, arguments.seconds):
+        for name, value in measured(bench, arguments.seconds, numbers):
             numbers[name] = value
             print(f"{name:32} {value}", flush=True)
         numbers["seconds"] = round(time.perf_counter() - began, 1)
