@@ -108,6 +108,14 @@ class ServiceSettings(BaseSettings):
         description="OpenTelemetry collector (gRPC) that takes traces. Unset: traces are not exported.",
     )
 
+    model_retention_days: int = Field(
+        180,
+        ge=0,
+        le=36_525,
+        description="Model versions that no alias names are removed when so many days old; 0 keeps them for ever. "
+        "Give feedback and trainer the same: an erasure receipt says when the versions that hold the person go.",
+    )
+
     @property
     def registry_path(self) -> Path:
         """The model registry."""

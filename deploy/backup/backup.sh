@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Backs up the suite: the database as it is on disk, the list of erased people, the model registry.
 #
-#   DATABASE_URL=postgresql://… deploy/backup/backup.sh DIRECTORY [REGISTRY]
+#   DATABASE_URL=postgresql://… SHOPKEEPER_KEYS=… deploy/backup/backup.sh DIRECTORY [REGISTRY]
 #
 # The database goes as a physical copy. A dump by pg_dump would not do: readers follow the log by transaction ids,
 # and a new cluster begins to count anew. Needs a login with REPLICATION, and PostgreSQL's client programs of the
@@ -27,4 +27,4 @@ fi
 date -u +%Y-%m-%dT%H:%M:%SZ > "$staging/taken-at"
 sync "$staging"
 mv "$staging" "$directory"
-echo "$directory: $(du -sh "$directory" | cut -f1), $(wc -l < "$directory/tombstones.csv") people erased so far"
+echo "$directory: $(du -sh "$directory" | cut -f1), $(($(wc -l < "$directory/tombstones.csv") - 1)) people erased so far"

@@ -1,4 +1,4 @@
-"""Runs the feedback service: `python -m services.feedback [serve|migrate|finish-erasures]`."""
+"""Runs the feedback service: `python -m services.feedback [serve|migrate|finish-erasures|export-tombstones|replay-tombstones]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.feedback.clients import Ed25519Signer, RegistryModelVersions, Syst
 from services.feedback.converters.events import EventReader
 from services.feedback.converters.identities import Door
 from services.feedback.converters.imports import ImportDirectory
-from services.feedback.domain.bots import RateBotDetector
+from services.feedback.domain.bots import BotRules
 from services.feedback.servicer import (
     PRIORITIES,
     SERVICE_NAME,
@@ -25,7 +25,9 @@ from services.feedback.servicer import (
     add_to_server,
 )
 from services.feedback.settings import FeedbackSettings
+from services.feedback.storage.bot_marks import BotMarks
 from services.feedback.storage.exclusive import (
+    BOTS_LOCK,
     EXPERIMENTS_LOCK,
     IMPORTS_LOCK,
     RETENTION_LOCK,
@@ -44,6 +46,7 @@ from services.feedback.storage.notifier import LogNotifier
 from services.feedback.storage.people import PostgresPeople
 from services.feedback.storage.retention import PostgresPurge, Retention
 from services.feedback.storage.text_cipher import TextCipher
+from services.feedback.storage.tombstone_list import TombstoneList
 from services.feedback.use_cases import (
     ExportUser,
     ForgetUser,
@@ -78,6 +81,7 @@ class Feedback:
 
     servicer: FeedbackServicer
     people: PostgresPeople
+    bots: BotMarks
     experiments: RunExperiments
     log: GroupCommitLog
     notifier: LogNotifier
@@ -130,7 +134,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     )
     metrics = PostgresMetrics(database)
     experiments = RunExperiments(PostgresExperiments(database), metrics, clock)
-    record_events = RecordEvents(log, RateBotDetector(settings.bot_views_per_minute))
+    record_events = RecordEvents(log)
     reader = EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days)
     stopped = threading.Event()
     rotation = PostgresKeyRotation(
@@ -149,7 +153,11 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
             record_events,
             ManageConsent(people, clock, notifier.wake),
             ForgetUser(
-                people, RegistryModelVersions(settings.registry_path), receipt_signer, clock, notifier.wake
+                people,
+                RegistryModelVersions(settings.registry_path, settings.model_retention_days),
+                receipt_signer,
+                clock,
+                notifier.wake,
             ),
             ExportUser(people, people),
             MeasureMetrics(metrics, clock),
@@ -172,8 +180,16 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
         lambda: _stop_broken(experiments),
         idle_seconds=settings.experiment_check_seconds,
     )
-    workers = (importer, rotator, keeper, guard)
-    return Feedback(servicer, people, experiments, log, notifier, database, workers, stopped)
+    bots = BotMarks(
+        database,
+        BotRules(
+            settings.bot_views_per_minute, settings.bot_bare_views_per_hour, settings.bot_users_per_session
+        ),
+        wait=stopped.wait,
+    )
+    marker = ExclusiveWorker("bots", database, BOTS_LOCK, bots.step, idle_seconds=settings.bot_check_seconds)
+    workers = (importer, rotator, keeper, guard, marker)
+    return Feedback(servicer, people, bots, experiments, log, notifier, database, workers, stopped)
 
 
 def serve() -> None:
@@ -288,6 +304,19 @@ def rewrap_keys(settings: FeedbackSettings) -> None:
         database.close()
 
 
+def move_tombstones(settings: FeedbackSettings, command: str) -> None:
+    """Writes the list of erased people to stdout, or reads it from stdin."""
+    database = Database(resolve_url(settings), schema=SERVICE, pool_size=2)
+    try:
+        tombstones = TombstoneList.from_directory(database, settings.keys_path)
+        if command == "export-tombstones":
+            sys.stdout.write(tombstones.export())
+        else:
+            print(f"{tombstones.replay(sys.stdin.read())} people to be erased again: run finish-erasures")
+    finally:
+        database.close()
+
+
 def main() -> None:
     """Dispatches on the command."""
     command = sys.argv[1] if len(sys.argv) > 1 else "serve"
@@ -300,9 +329,13 @@ def main() -> None:
         finish_erasures(load_settings(FeedbackSettings))
     elif command == "rewrap-keys":
         rewrap_keys(load_settings(FeedbackSettings))
+    elif command in ("export-tombstones", "replay-tombstones"):
+        move_tombstones(load_settings(FeedbackSettings), command)
     else:
         raise FailedPrecondition(
-            "USAGE", f"Unknown command {command!r}; use serve, migrate, finish-erasures or rewrap-keys."
+            "USAGE",
+            f"Unknown command {command!r}; use serve, migrate, finish-erasures, rewrap-keys, export-tombstones or "
+            "replay-tombstones.",
         )
 
 

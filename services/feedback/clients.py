@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,9 +16,14 @@ PRODUCTION = "production"
 
 
 class RegistryModelVersions:
-    """The ModelVersions of a registry directory."""
+    """The ModelVersions of a registry directory.
 
-    def __init__(self, registry: Path) -> None:
+    Args:
+        retention_days: a version that no alias names is removed when so old; 0: never.
+    """
+
+    def __init__(self, registry: Path, retention_days: int = 0) -> None:
+        self._retention_days = retention_days
         self._registry = Registry(registry)
         self._logger = get_logger("feedback")
 
@@ -29,7 +34,7 @@ class RegistryModelVersions:
             try:
                 manifest = self._registry.read_manifest(model, version)
                 created_at = datetime.fromisoformat(manifest["created_at"])
-                alias = self._registry.alias(model, PRODUCTION)
+                aliases = {state.alias: state.version for state in self._registry.aliases(model)}
             except (ShopkeeperError, KeyError, TypeError, ValueError) as error:
                 self._logger.warning(
                     "model version left out of a receipt", model=model, version=version, cause=repr(error)
@@ -37,8 +42,14 @@ class RegistryModelVersions:
                 continue
             if created_at.tzinfo is None:
                 created_at = created_at.replace(tzinfo=UTC)
-            in_service = alias is not None and alias.version == version
-            versions.append(ModelVersion(model, version, created_at.astimezone(UTC), in_service))
+            created_at = created_at.astimezone(UTC)
+            retire_at = (
+                created_at + timedelta(days=self._retention_days)
+                if self._retention_days and version not in aliases.values()
+                else None
+            )
+            in_service = aliases.get(PRODUCTION) == version
+            versions.append(ModelVersion(model, version, created_at, in_service, retire_at))
         return versions
 
 

@@ -28,7 +28,19 @@ class FeedbackSettings(ServiceSettings):
     bot_views_per_minute: int = Field(
         120,
         ge=1,
-        description="Item views of one shopper in one minute beyond which events are marked as a bot's.",
+        description="Item views of one shopper, or in one session, in one minute beyond which that minute's events are "
+        "marked as a bot's.",
+    )
+    bot_bare_views_per_hour: int = Field(
+        600,
+        ge=1,
+        description="Item views in one hour beyond which who does nothing else, and stays on no page, is a bot.",
+    )
+    bot_users_per_session: int = Field(
+        8, ge=1, le=1_000, description="Shoppers in one session and hour beyond which it is a bot's."
+    )
+    bot_check_seconds: float = Field(
+        5.0, gt=0, le=3_600, description="How often new events are looked through for bots."
     )
     attribution_max_age_days: float = Field(
         30.0, gt=0, description="An attribution token older than this no longer earns credit."

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from services.feedback.domain.bots import RateBotDetector
 from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
 from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, settled
 from services.feedback.domain.experiments import (
@@ -86,11 +85,10 @@ class PendingBatch:
 
 
 class RecordEvents:
-    """Marks bots and appends a batch to the log."""
+    """Appends batches to the log."""
 
-    def __init__(self, log: EventLog, bots: RateBotDetector) -> None:
+    def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._bots = bots
 
     def submit(self, batch: ReadBatch) -> PendingBatch:
         """Queues the rows of a batch; `PendingBatch.wait` tells what became of them.
@@ -101,11 +99,6 @@ class RecordEvents:
         columns = batch.columns
         if not len(columns):
             return PendingBatch(batch, None)
-        marked = self._bots.marked_rows(
-            columns.column("user_key"), columns.column("kind"), columns.column("occurred_at_us")
-        )
-        if marked:
-            columns.sparse.setdefault("is_bot", {}).update(dict.fromkeys(marked, True))
         return PendingBatch(batch, self._log.append(columns))
 
 

@@ -16,6 +16,7 @@ from services.trainer.drift import DriftMeter
 from services.trainer.metrics import RunMetrics
 from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
+from services.trainer.retirement import Retirement
 from services.trainer.scheduler import Scheduler
 from services.trainer.servicer import TrainerServicer
 from services.trainer.settings import TrainerSettings
@@ -75,6 +76,7 @@ class Trainer:
             max_queued=settings.max_queued_runs,
         )
         self.snapshots = SnapshotUpkeep(settings, database_url, telemetry.logger)
+        self.retirement = Retirement(registry, settings.model_retention_days, telemetry.logger)
         schedules = Schedules(schedule_store, next_run_at=next_run_at, now=lambda: datetime.now(UTC))
         self.metrics = RunMetrics(PostgresRunOverview(self.database), ledger)
         self.metrics.register()
@@ -93,6 +95,7 @@ class Trainer:
         self.server.on_drain(self.scheduler.stop)
         self.server.on_drain(self.snapshots.stop)
         self.server.on_drain(self.supervisor.stop)
+        self.server.on_drain(self.retirement.stop)
 
     def start(self) -> int:
         """Starts answering and supervising; returns the port."""
@@ -100,6 +103,7 @@ class Trainer:
         self.supervisor.start()
         self.scheduler.start()
         self.snapshots.start()
+        self.retirement.start()
         self.server.set_ready(True)
         return port
 
@@ -109,6 +113,7 @@ class Trainer:
         self.scheduler.stop()
         self.snapshots.stop()
         self.supervisor.stop()
+        self.retirement.stop()
         self.server.stop(0)
         self.metrics.unregister()
         self.database.close()

@@ -34,6 +34,7 @@ from shared.errors import Aborted, FailedPrecondition, NotFound
 
 PRODUCTION = "production"
 STAGING_PREFIX = ".staging-"
+RETIRED_PREFIX = ".retired-"
 MAX_ALIAS_CHANGES = 100
 ALIASES = "aliases"
 FENCE = ".fence"
@@ -289,6 +290,26 @@ class Registry:
                     {"model": model},
                 )
             yield
+
+    def retire(self, model: str, version: str) -> bool:
+        """Removes a version that no alias names; returns whether it is gone.
+
+        Under the lock of the aliases, so that a version is never promoted and removed at once. A crash leaves a
+        hidden directory that the next call for the model removes.
+        """
+        path = self.version_path(model, version)
+        with self._alias_lock(model):
+            for abandoned in path.parent.glob(f"{RETIRED_PREFIX}*"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+            if any(state.version == version for state in self.aliases(model)):
+                return False
+            if not path.is_dir():
+                return True
+            retired = path.with_name(RETIRED_PREFIX + version)
+            os.replace(path, retired)
+            fsync_directory(path.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+        return True
 
     def remove_abandoned_staging(self, model: str) -> list[str]:
         """Removes what interrupted writers left and returns its names.

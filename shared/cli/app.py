@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from shopkeeper.feedback.v1 import feedback_service_pb2
+from google.protobuf import json_format
+from shopkeeper.feedback.v1 import consent_pb2, feedback_service_pb2
 from shopkeeper.profile.v1 import profile_service_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2
@@ -30,6 +31,7 @@ from shared.cli.prepare import prepare_secrets
 from shared.cli.supervisor import START_TIMEOUT_SECONDS, Supervisor
 from shared.errors import FailedPrecondition, InvalidInput, ShopkeeperError
 from shared.importing.mapping import shipped_mappings
+from shared.keys import read_verifying_key
 from shared.simulation.history import Scale
 
 CALL_TIMEOUT_SECONDS = 30.0
@@ -403,6 +405,25 @@ def forget(
             feedback_service_pb2.ForgetUserRequest(user_id=user), timeout=CALL_TIMEOUT_SECONDS
         )
     people.show_receipt(receipt, as_json=as_json)
+
+
+@app.command("verify-receipt", epilog=EXIT_CODES)
+@reports_errors
+def verify_receipt(
+    file: Annotated[Path, typer.Argument(help="What `shopkeeper forget --json` printed.")],
+    key: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Directory with signing_key.pub.pem. Default: the suite's keys."),
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Check the signature of an erasure receipt, and print what was signed. Needs no running service."""
+    try:
+        receipt = json_format.Parse(file.read_text(), consent_pb2.ErasureReceipt())
+    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        raise InvalidInput("INVALID_ARGUMENT", f"{file} is no receipt: {error}") from None
+    installation = Installation.from_environment(home)
+    show_json(people.verify_receipt(receipt, read_verifying_key(key or installation.keys)))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import grpc
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from shopkeeper.feedback.v1 import consent_pb2, event_kind_pb2
 from shopkeeper.profile.v1 import catalog_service_pb2, profile_service_pb2, user_portrait_pb2
 
 from shared.cli.clients import Clients
 from shared.cli.output import say, show_json, show_table
+from shared.errors import DataLoss
 
 HISTORY_ROWS = 15
 CALL_TIMEOUT_SECONDS = 10.0
@@ -82,6 +88,26 @@ def show_receipt(receipt: consent_pb2.ErasureReceipt, *, as_json: bool) -> None:
         rows,
     )
     for version in receipt.model_versions:
-        say(
-            f"  Model {version.model} {version.version} was trained before; train again to be rid of its traces."
+        end = (
+            f"is removed by {version.retire_time.ToJsonString()[:10]}"
+            if version.HasField("retire_time")
+            else "stays until a newer version replaces it: train again"
         )
+        say(f"  Model {version.model} {version.version} may hold traces of the person; it {end}.")
+
+
+def verify_receipt(receipt: consent_pb2.ErasureReceipt, key: Ed25519PublicKey) -> dict[str, Any]:
+    """Returns the statement of a receipt, once its signature fits.
+
+    Raises:
+        DataLoss: RECEIPT_FORGED: the statement is not what the suite signed.
+    """
+    try:
+        key.verify(receipt.signature, receipt.signed_payload)
+        statement: dict[str, Any] = json.loads(receipt.signed_payload)
+    except (InvalidSignature, ValueError):
+        raise DataLoss(
+            "RECEIPT_FORGED",
+            "The signature does not fit: another key signed this receipt, or it was changed.",
+        ) from None
+    return statement

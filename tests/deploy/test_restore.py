@@ -35,7 +35,7 @@ PROGRAMS = Path(wheel.__file__).parent / "pginstall" / "bin"
 def environment(url: str, keys: Path, home: Path, **more: str) -> dict[str, str]:
     return {
         **os.environ, "PATH": f"{PROGRAMS}:{os.environ['PATH']}", "DATABASE_URL": url,
-        "SHOPKEEPER_HOME": str(home), "SHOPKEEPER_KEYS": str(keys), **more,
+        "SHOPKEEPER_HOME": str(home), "SHOPKEEPER_KEYS": str(keys), "PYTHON": sys.executable, **more,
     }  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def test_after_a_lost_disk_what_was_backed_up_is_there_and_who_was_forgotten_is_
         assert receipt is not None
         assert count(url) == EVENTS
         newest = script("tombstones.sh", "export", env=environment(url, keys_dir, home))
-        assert len(newest.splitlines()) == 1
+        assert len(newest.splitlines()) == 2  # The person, and the code.
 
     # The disk is lost.
     embedded_postgres.stop(home)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,9 +15,15 @@ import psycopg
 import pytest
 from cryptography.exceptions import InvalidSignature
 from shopkeeper.feedback.v1 import consent_pb2, event_pb2, feedback_service_pb2
+from typer.testing import CliRunner
 
 from services.feedback.converters.identities import Door
 from services.feedback.storage.partitions import WRITERS_LOCK
+from services.feedback.storage.tombstone_list import TombstoneList
+from shared.bundle.registry import Registry
+from shared.cli.app import app
+from shared.cli.output import message_dict
+from shared.errors import DataLoss
 from shared.keys import read_verifying_key
 from tests.feedback.conftest import REJECTED, STORED, Shop, event, eventually, item_view
 
@@ -240,23 +247,114 @@ def test_an_erasure_that_was_cut_short_is_completed(shop: Shop) -> None:
     assert shop.feedback.people.finish_erasures() == 0
 
 
-def test_the_receipt_names_models_trained_since_the_first_event(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from shared.bundle.registry import Registry
+def write_version(shop: Shop, version: str, created_at: datetime | None) -> None:
+    manifest = {"model": "main", "version": version}
+    if created_at:
+        manifest["created_at"] = created_at.isoformat()
+    (shop.registry / "main" / version).mkdir(parents=True)
+    (shop.registry / "main" / version / "manifest.json").write_text(json.dumps(manifest))
 
+
+def test_the_receipt_names_models_trained_since_the_first_event_and_when_they_go(shop: Shop) -> None:
     shop.record(item_view())
     now = datetime.now(UTC)
-    manifests = {
-        "20200101t000000z-aaaaaa": {"created_at": (now - timedelta(days=1)).isoformat()},
-        "20200102t000000z-bbbbbb": {"created_at": (now + timedelta(seconds=1)).isoformat()},
-        "20200103t000000z-cccccc": {},
-    }
-    monkeypatch.setattr(Registry, "versions", lambda self: [("main", version) for version in manifests])
-    monkeypatch.setattr(Registry, "read_manifest", lambda self, model, version: manifests[version])
-    monkeypatch.setattr(Registry, "alias", lambda self, model, alias: None)
+    write_version(shop, "20200101t000000z-aaaaaa", now - timedelta(days=1))
+    write_version(shop, "20200102t000000z-bbbbbb", now + timedelta(seconds=1))
+    write_version(shop, "20200103t000000z-cccccc", None)
+    write_version(shop, "20200104t000000z-dddddd", now + timedelta(seconds=2))
+    Registry(shop.registry).set_alias("main", "production", "20200104t000000z-dddddd", reason="PROMOTED")
     receipt = forget(shop, "ada")
-    assert [version.version for version in receipt.model_versions] == ["20200102t000000z-bbbbbb"]
+    in_service, replaced = receipt.model_versions
+    assert (in_service.version, replaced.version) == ("20200104t000000z-dddddd", "20200102t000000z-bbbbbb")
+    assert in_service.in_service
+    assert not in_service.HasField("retire_time")
+    retire_at = now + timedelta(seconds=1) + timedelta(days=180)
+    assert replaced.retire_time.ToDatetime(UTC) == retire_at
+    statement = json.loads(receipt.signed_payload)
+    assert [version["retire_time"] for version in statement["model_versions"]] == [
+        None,
+        retire_at.isoformat(),
+    ]
+
+
+def test_a_second_receipt_still_names_the_models_that_hold_the_person(shop: Shop) -> None:
+    shop.record(item_view())
+    write_version(shop, "20200102t000000z-bbbbbb", datetime.now(UTC) + timedelta(seconds=1))
+    first, second = forget(shop, "ada"), forget(shop, "ada")
+    assert len(first.model_versions) == 1
+    assert second.model_versions == first.model_versions
+    assert forget(shop, "nobody").model_versions == []
+
+
+def test_a_receipt_is_verified_offline_and_a_changed_one_is_refused(shop: Shop, tmp_path: Path) -> None:
+    shop.record(item_view())
+    receipt = forget(shop, "ada")
+    file = tmp_path / "receipt.json"
+    command = ["verify-receipt", str(file), "--key", str(shop.keys)]
+    file.write_text(json.dumps(message_dict(receipt)))
+    verified = CliRunner().invoke(app, command)
+    assert verified.exit_code == 0
+    assert json.loads(verified.stdout) == json.loads(receipt.signed_payload)
+    receipt.signed_payload = receipt.signed_payload.replace(b'"events":1', b'"events":2')
+    file.write_text(json.dumps(message_dict(receipt)))
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code != 0
+    assert not refused.stdout
+    file.write_text("no receipt")
+    assert CliRunner().invoke(app, command).exit_code == 2
+
+
+# The list of erased people
+
+
+def tombstones_of(shop: Shop) -> TombstoneList:
+    return TombstoneList.from_directory(shop.feedback.database, shop.keys)
+
+
+def test_a_list_of_the_erased_erases_them_again_in_a_restored_log(shop: Shop) -> None:
+    shop.record(item_view(), item_view(user_id="bob"))
+    forget(shop, "ada")
+    exported = tombstones_of(shop).export()
+    shop.sql("DELETE FROM feedback.tombstones")
+    shop.record(item_view())
+    assert shop.count() == 2
+    for _ in range(2):
+        assert tombstones_of(shop).replay(exported) == 1
+    assert shop.feedback.people.finish_erasures() == 1
+    assert shop.count() == 1
+    assert tombstones_of(shop).export() == exported
+    assert shop.statuses(item_view()) == [REJECTED]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace(text[:4], "0000" if text[:4] != "0000" else "1111", 1),
+        lambda text: text.split("\n", 1)[1],
+        lambda text: "".join(line + "\n" for line in text.splitlines()[:-1]),
+        lambda text: text[:-1],
+        lambda text: "",
+        lambda text: text.splitlines()[0] + "\n" + text,
+        lambda text: text.replace("hmac-sha256", "none"),
+    ],
+    ids=["changed", "line lost", "cut off", "last byte lost", "empty", "line twice", "no code"],
+)
+def test_a_damaged_list_of_the_erased_is_refused_before_anything_is_replayed(
+    shop: Shop, damage: Callable[[str], str]
+) -> None:
+    forget(shop, "ada")
+    forget(shop, "bob")
+    exported = tombstones_of(shop).export()
+    shop.sql("DELETE FROM feedback.tombstones")
+    with pytest.raises(DataLoss) as failure:
+        tombstones_of(shop).replay(damage(exported))
+    assert failure.value.reason == "TOMBSTONES_DAMAGED"
+    assert shop.sql("SELECT count(*) FROM feedback.tombstones") == [(0,)]
+
+
+def test_a_list_under_another_key_is_refused(shop: Shop) -> None:
+    with pytest.raises(DataLoss):
+        tombstones_of(shop).replay(TombstoneList(shop.feedback.database, bytes(32)).export())
 
 
 # Export

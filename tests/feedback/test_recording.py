@@ -187,15 +187,6 @@ def test_a_bad_token_costs_the_credit_but_not_the_event(shop: Shop, fault: str) 
     assert shop.sql("SELECT item_id, recommendation_id FROM feedback.events") == [("lamp", None)]
 
 
-def test_a_shopper_faster_than_people_is_marked_and_kept_from_training(shop: Shop) -> None:
-    start = now_ms() // 60_000 * 60_000 - 60_000
-    views = [item_view(user_id="bot", event_id=uuid7(start + number)) for number in range(130)]
-    assert shop.statuses(*views, item_view(user_id="ada")) == [STORED] * 131
-    assert shop.sql("SELECT count(*) FROM feedback.events WHERE is_bot") == [(10,)]
-    assert shop.sql("SELECT count(*) FROM feedback.training_events_v1") == [(121,)]
-    assert shop.sql("SELECT count(*) FROM feedback.events_v1") == [(131,)]
-
-
 def test_the_consistency_token_names_the_commit(shop: Shop) -> None:
     signer = TokenSigner.from_directory(shop.keys)
     before = Watermark.parse_pg(shop.sql("SELECT pg_current_snapshot()::text")[0][0])

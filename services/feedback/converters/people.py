@@ -64,6 +64,7 @@ def to_receipt(receipt: Receipt) -> consent_pb2.ErasureReceipt:
                 version=version.version,
                 create_time=to_timestamp(version.created_at),
                 in_service=version.in_service,
+                retire_time=to_timestamp(version.retire_at) if version.retire_at else None,
             )
             for version in receipt.model_versions
         ],

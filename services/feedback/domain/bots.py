@@ -1,52 +1,21 @@
-"""Marks shoppers that look at more pages than a person can.
-
-Marked, never dropped: what is a bot today may be a school class tomorrow, and
-the log must be able to say so.
-"""
+"""What no person does. Marked, never dropped: what is a bot today may be a school class tomorrow."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-
-from shared.event_kinds import EventKind
-
-_MINUTE_US = 60_000_000
-_ITEM_VIEW = int(EventKind.ITEM_VIEW)
+from dataclasses import dataclass
 
 
-class RateBotDetector:
-    """Counts item views a shopper and minute of `occurred_at`; those beyond the limit are marked.
+@dataclass(frozen=True, slots=True)
+class BotRules:
+    """Limits; each holds for a shopper and for a session, and events of the whole window beyond one are marked.
 
-    The memory of a replica alone: a bot that spreads over r replicas passes r times the limit.
-
-    Args:
-        views_per_minute: the most item views of one shopper in one minute that are believed.
-        capacity: shopper-minutes remembered at most; the older half is forgotten at once.
+    Attributes:
+        views_per_minute: item views in one minute of `occurred_at` that are believed (rate).
+        bare_views_per_hour: item views in one hour that are believed of whoever does nothing but view items, and
+            stays on none (pattern).
+        users_per_session: shoppers in one session and hour that are believed (pattern).
     """
 
-    def __init__(self, views_per_minute: int = 120, capacity: int = 100_000) -> None:
-        self._limit = views_per_minute
-        self._capacity = capacity
-        self._views: dict[tuple[bytes, int], int] = {}
-        self._older_views: dict[tuple[bytes, int], int] = {}
-        self._lock = threading.Lock()
-
-    def marked_rows(
-        self, user_keys: Sequence[bytes], kinds: Sequence[int], occurred_at_us: Sequence[int]
-    ) -> list[int]:
-        """Returns the rows, in [0, n), that go beyond the limit, and remembers the batch."""
-        marked: list[int] = []
-        with self._lock:
-            if len(self._views) > self._capacity // 2:
-                self._older_views, self._views = self._views, {}
-            views, older_views, limit = self._views, self._older_views, self._limit
-            for row, kind in enumerate(kinds):
-                if kind != _ITEM_VIEW:
-                    continue
-                window = (user_keys[row], occurred_at_us[row] // _MINUTE_US)
-                count = views.get(window) or older_views.get(window, 0)
-                views[window] = count + 1
-                if count >= limit:
-                    marked.append(row)
-        return marked
+    views_per_minute: int = 120
+    bare_views_per_hour: int = 600
+    users_per_session: int = 8

@@ -37,12 +37,18 @@ class Consent:
 
 @dataclass(frozen=True, slots=True)
 class ModelVersion:
-    """A model version in the registry, and whether `production` points at it."""
+    """A model version in the registry.
+
+    Attributes:
+        in_service: whether `production` points at it.
+        retire_at: when it is removed at the latest; None while an alias names it, or where versions stay for ever.
+    """
 
     model: str
     version: str
     created_at: datetime
     in_service: bool
+    retire_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,8 @@ class Erasure:
     Attributes:
         erased_at: when the person was first forgotten, UTC.
         rows: number of rows erased by table.
-        first_received_at: when the first of the erased events came in; None without events.
+        first_received_at: when the first of the person's events came in, as of this erasure or an earlier one; None
+            when there never were any.
     """
 
     erased_at: datetime
@@ -96,6 +103,7 @@ def receipt_payload(
                 "version": version.version,
                 "create_time": version.created_at.isoformat(),
                 "in_service": version.in_service,
+                "retire_time": version.retire_at.isoformat() if version.retire_at else None,
             }
             for version in model_versions
         ],

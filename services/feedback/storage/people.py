@@ -146,12 +146,16 @@ class PostgresPeople:
             rows["consents"] = min(1, erased.rowcount)
             erased = connection.execute("DELETE FROM feedback.data_keys WHERE user_key = ANY (%s)", (keys,))
             rows["data_keys"] = erased.rowcount
+            connection.execute("DELETE FROM feedback.bot_windows WHERE user_keys && %s::bytea[]", (keys,))
             # A reader that saw the tombstone before the rows were gone sees it once more.
-            connection.execute(
-                "UPDATE feedback.tombstones SET completed_at = now(), xid = pg_current_xact_id() "
-                "WHERE tombstone_key = %s",
-                (tombstone_key,),
-            )
+            row = connection.execute(
+                "UPDATE feedback.tombstones SET completed_at = now(), xid = pg_current_xact_id(), "
+                "first_received_at = LEAST(first_received_at, %s) WHERE tombstone_key = %s "
+                "RETURNING first_received_at",
+                (first_received_at, tombstone_key),
+            ).fetchone()
+            # An earlier erasure, or one cut short, may have taken the events: the models still hold them.
+            first_received_at = row[0] if row else first_received_at
         return Erasure(erased_at, rows, first_received_at)
 
     # Export

@@ -73,6 +73,7 @@ tombstones = sa.Table(
     sa.Column("user_keys", pg.ARRAY(sa.LargeBinary)),
     sa.Column("erased_at", sa.DateTime(timezone=True)),
     sa.Column("completed_at", sa.DateTime(timezone=True)),
+    sa.Column("first_received_at", sa.DateTime(timezone=True)),
     sa.Column("xid", sa.Text, server_default=XID8),
 )
 

@@ -1,0 +1,161 @@
+"""Marks bots in the log, by counts that are a function of the log.
+
+One replica does it for all. The counts and how far they go are committed in one transaction, so a crash loses
+nothing and counts nothing twice; whichever replicas took the events in, the marks are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from services.feedback.domain.bots import BotRules
+from services.feedback.storage.partitions import WRITERS_LOCK
+from shared.database import Database
+from shared.event_kinds import EventKind
+from shared.telemetry import get_logger
+
+PAGE_ROWS = 100_000
+# A window that nothing came to for so long is forgotten; what comes later is counted anew.
+_KEPT_DAYS = 2
+_TIDY_SECONDS = 3_600.0
+_ITEM_VIEW = int(EventKind.ITEM_VIEW)
+
+# Transactions below the horizon have ended: nothing can appear behind it, so a number is watermark enough.
+_PAGE_END = """
+SELECT w.xid::text, pg_snapshot_xmin(pg_current_snapshot())::text, (
+    SELECT e.xid::text FROM feedback.events AS e
+    WHERE e.xid >= w.xid AND e.xid < pg_snapshot_xmin(pg_current_snapshot())
+    ORDER BY e.xid OFFSET %s LIMIT 1
+)
+FROM feedback.bot_watermark AS w FOR UPDATE
+"""
+_COUNT = """
+WITH fresh AS (
+    SELECT user_key, session_key, occurred_at, key_version, kind = %(view)s AS is_view,
+        kind <> %(view)s OR COALESCE(value, 0) > 0 AS is_human
+    FROM feedback.events
+    WHERE xid >= %(after)s::xid8 AND xid < %(before)s::xid8 AND quarantine_reason IS NULL
+), subjects AS (
+    SELECT user_key AS subject_key, false AS is_session, * FROM fresh
+    UNION ALL
+    SELECT session_key, true, * FROM fresh WHERE session_key IS NOT NULL
+), counted AS (
+    SELECT s.subject_key, s.is_session, w.seconds,
+        date_bin(make_interval(secs => w.seconds), s.occurred_at, '2000-01-01Z'::timestamptz) AS starts_at,
+        s.key_version, count(*) FILTER (WHERE s.is_view) AS views, count(*) FILTER (WHERE s.is_human) AS human_events,
+        (array_agg(DISTINCT s.user_key))[1:%(users)s + 1] AS user_keys
+    FROM subjects AS s CROSS JOIN (VALUES (60::smallint), (3600::smallint)) AS w (seconds)
+    WHERE w.seconds = 3600 OR s.is_view
+    GROUP BY 1, 2, 3, 4, 5
+)
+INSERT INTO feedback.bot_windows AS b
+    (subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys)
+SELECT subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys FROM counted
+ORDER BY subject_key, starts_at, seconds
+ON CONFLICT (subject_key, starts_at, seconds, is_session, key_version) DO UPDATE SET
+    views = b.views + excluded.views,
+    human_events = b.human_events + excluded.human_events,
+    user_keys = (ARRAY(SELECT DISTINCT unnest(b.user_keys || excluded.user_keys)))[1:%(users)s + 1],
+    counted_at = now()
+RETURNING subject_key, is_session, starts_at, seconds, user_keys,
+    (seconds = 60 AND views > %(rate)s)
+    OR (seconds = 3600 AND human_events = 0 AND views > %(bare)s)
+    OR (seconds = 3600 AND is_session AND cardinality(user_keys) > %(users)s) AS beyond
+"""
+# By the index of shoppers: a session's rows are found through whose they are. Those of shoppers beyond the list came
+# after the session was over its limit, and are in the page just counted.
+_MARK = """
+WITH beyond AS MATERIALIZED (
+    SELECT * FROM unnest(%(subjects)s::bytea[], %(sessions)s::boolean[], %(starts)s::timestamptz[],
+        %(seconds)s::smallint[]) AS u (subject_key, is_session, starts_at, seconds)
+), doomed AS (
+    SELECT e.event_key FROM beyond AS b
+    JOIN feedback.bot_windows AS w USING (subject_key, is_session, starts_at, seconds)
+    CROSS JOIN LATERAL unnest(w.user_keys) AS k (user_key)
+    JOIN feedback.events AS e ON e.user_key = k.user_key
+        AND (NOT b.is_session OR e.session_key = b.subject_key)
+        AND e.occurred_at >= b.starts_at AND e.occurred_at < b.starts_at + make_interval(secs => b.seconds)
+    UNION
+    SELECT e.event_key FROM feedback.events AS e
+    JOIN beyond AS b ON b.is_session AND e.session_key = b.subject_key
+        AND e.occurred_at >= b.starts_at AND e.occurred_at < b.starts_at + make_interval(secs => b.seconds)
+    WHERE e.xid >= %(after)s::xid8 AND e.xid < %(before)s::xid8
+)
+UPDATE feedback.events AS e SET is_bot = true FROM doomed AS d WHERE e.event_key = d.event_key AND NOT e.is_bot
+"""
+
+
+class BotMarks:
+    """The work of marking, a page of the log at a time."""
+
+    def __init__(
+        self,
+        database: Database,
+        rules: BotRules,
+        *,
+        page_rows: int = PAGE_ROWS,
+        wait: Callable[[float], object] = lambda seconds: None,
+    ) -> None:
+        self._wait = wait
+        self._tidy_at = 0.0
+        self._database = database
+        self._rules = rules
+        self._page_rows = page_rows
+        self._logger = get_logger("feedback")
+
+    def step(self) -> bool:
+        """Counts the next page and marks what is beyond a limit; returns whether there is another page."""
+        began = time.monotonic()
+        with self._database.connect() as connection:
+            # As a writer of the log does: an erasure under way waits for this, or this sees its result.
+            connection.execute("SET LOCAL statement_timeout = 0")
+            connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (WRITERS_LOCK,))
+            row = connection.execute(_PAGE_END, (self._page_rows,)).fetchone()
+            assert row is not None
+            after, horizon, page_end = row
+            # A transaction is counted whole, however large.
+            before = horizon if page_end is None else str(max(int(page_end), int(after) + 1))
+            if int(before) <= int(after):
+                return False
+            rules = self._rules
+            bounds = {"after": after, "before": before}
+            counted = connection.execute(
+                _COUNT,
+                {
+                    **bounds, "view": _ITEM_VIEW, "rate": rules.views_per_minute, "bare": rules.bare_views_per_hour,
+                    "users": rules.users_per_session,
+                },
+            ).fetchall()  # fmt: skip
+            beyond = [row for row in counted if row[5]]
+            marked = 0
+            if beyond:
+                subjects, sessions, starts, seconds = ([row[column] for row in beyond] for column in range(4))
+                marked = connection.execute(
+                    _MARK,
+                    {
+                        **bounds,
+                        "subjects": subjects,
+                        "sessions": sessions,
+                        "starts": starts,
+                        "seconds": seconds,
+                    },
+                ).rowcount
+            connection.execute("UPDATE feedback.bot_watermark SET xid = %s::xid8", (before,))
+        if page_end is None and time.monotonic() >= self._tidy_at:
+            self._tidy()
+        if marked:
+            self._logger.info("events marked as a bot's", events=marked, windows=len(beyond))
+        if page_end is None:
+            return False
+        # A tenth of the time of one core at most: marking may lag behind the log, and catches up.
+        self._wait(9 * (time.monotonic() - began))
+        return True
+
+    def _tidy(self) -> None:
+        with self._database.connect() as connection:
+            connection.execute(
+                "DELETE FROM feedback.bot_windows WHERE counted_at < now() - make_interval(days => %s)",
+                (_KEPT_DAYS,),
+            )
+        self._tidy_at = time.monotonic() + _TIDY_SECONDS

@@ -1,0 +1,161 @@
+"""Bots are marked by rate and by pattern, per shopper and per session, whatever replica took their events in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from shopkeeper.feedback.v1 import consent_pb2, event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
+
+from services.feedback.__main__ import wire
+from services.feedback.domain.bots import BotRules
+from services.feedback.servicer import SERVICE_NAME
+from services.feedback.settings import FeedbackSettings
+from services.feedback.storage.bot_marks import BotMarks
+from tests.feedback.conftest import DUPLICATE, STORED, Shop, event, item_view, now_ms, uuid7
+
+RULES = BotRules(views_per_minute=20, bare_views_per_hour=40, users_per_session=3)
+MINUTE_MS = 60_000
+
+
+@pytest.fixture
+def other(shop: Shop, serve: Callable[..., grpc.Channel], tmp_path: Path) -> Iterator[Shop]:
+    """A second replica over the same database."""
+    settings = FeedbackSettings(
+        listen="127.0.0.1:0", log_level="warning", keys=shop.keys, registry=shop.registry
+    )
+    feedback = wire(settings, shop.url)
+    channel = serve(feedback.register, service_names=(SERVICE_NAME,), settings=settings)
+    stub = feedback_service_pb2_grpc.FeedbackServiceStub(channel)
+    yield Shop(stub, feedback, shop.url, shop.keys, shop.registry)
+    feedback.close()
+
+
+def start_of_hour() -> int:
+    return now_ms() // (60 * MINUTE_MS) * 60 * MINUTE_MS - 120 * MINUTE_MS
+
+
+def view(at_ms: int, user: str = "ada", session: str = "", dwell: float = 0.0) -> event_pb2.Event:
+    return item_view(
+        user_id=user, event_id=uuid7(at_ms), session_id=session,
+        item_view=event_pb2.ItemView(item_id="lamp", dwell_seconds=dwell),
+    )  # fmt: skip
+
+
+def mark(shop: Shop, page_rows: int = 100_000) -> None:
+    marks = BotMarks(shop.feedback.database, RULES, page_rows=page_rows)
+    while marks.step():
+        pass
+
+
+def marked(shop: Shop) -> int:
+    return int(shop.sql("SELECT count(*) FROM feedback.events WHERE is_bot")[0][0])
+
+
+def trained_on(shop: Shop) -> int:
+    return int(shop.sql("SELECT count(*) FROM feedback.training_events_v1", role="shopkeeper_trainer")[0][0])
+
+
+def test_a_minute_with_more_views_than_a_person_can_look_at_is_marked_and_kept_from_training(
+    shop: Shop,
+) -> None:
+    start = start_of_hour()
+    shop.record(*[view(start + n, dwell=1) for n in range(21)], view(start + MINUTE_MS, dwell=1))
+    shop.record(*[view(start + n, user="bob", dwell=1) for n in range(20)])
+    mark(shop)
+    assert marked(shop) == 21
+    assert trained_on(shop) == 21
+    assert shop.sql("SELECT count(*) FROM feedback.events_v1") == [(42,)]
+
+
+@pytest.mark.parametrize("page_rows", [1, 5, 100_000])
+def test_two_replicas_that_each_see_half_of_a_bot_mark_all_of_it(
+    shop: Shop, other: Shop, page_rows: int
+) -> None:
+    start = start_of_hour()
+    for n in range(0, 22, 2):
+        shop.record(view(start + n, dwell=1))
+        other.record(view(start + n + 1, dwell=1))
+        # Either replica may be the one that marks; who it is changes nothing.
+        mark((shop, other)[n // 2 % 2], page_rows)
+    assert marked(shop) == 22
+    other.record(view(start + 50, dwell=1))
+    mark(other)
+    assert marked(shop) == 23
+
+
+def test_retries_do_not_make_a_bot(shop: Shop, other: Shop) -> None:
+    views = [view(start_of_hour() + n, dwell=1) for n in range(15)]
+    assert shop.statuses(*views) == [STORED] * 15
+    assert other.statuses(*views) == [DUPLICATE] * 15
+    mark(shop)
+    assert marked(shop) == 0
+
+
+def test_who_does_nothing_but_open_pages_for_an_hour_is_a_crawler(shop: Shop) -> None:
+    start = start_of_hour()
+    shop.record(*[view(start + n * MINUTE_MS) for n in range(60)])
+    shop.record(*[view(start + n * MINUTE_MS, user="bob") for n in range(60)])
+    shop.record(event(user_id="bob", event_id=uuid7(start + 5), wish_list=event_pb2.WishList(item_id="lamp")))
+    mark(shop)
+    assert marked(shop) == 60
+    assert trained_on(shop) == 61
+
+
+def test_a_session_that_changes_its_shopper_is_marked_with_what_came_before(shop: Shop, other: Shop) -> None:
+    start = start_of_hour()
+    for n, replica in enumerate([shop, other, shop, other, shop, other]):
+        replica.record(
+            view(start + n, user=f"user {n}", session="s", dwell=1), view(start + n, user=f"user {n}")
+        )
+        mark(replica)
+    # Only what belongs to the session; the shoppers' other events are not its.
+    assert marked(shop) == 6
+
+
+def test_a_session_is_counted_beside_its_shoppers(shop: Shop) -> None:
+    start = start_of_hour()
+    shop.record(*[view(start + n, user=f"user {n % 3}", session="s", dwell=1) for n in range(21)])
+    mark(shop)
+    assert marked(shop) == 21
+
+
+def test_a_step_that_fails_counts_nothing_twice(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.record(*[view(start_of_hour() + n, dwell=1) for n in range(15)])
+    with monkeypatch.context() as broken:
+        broken.setattr("services.feedback.storage.bot_marks._MARK", "SELECT 1 / 0")
+        with pytest.raises(Exception, match="zero"):
+            BotMarks(shop.feedback.database, BotRules(1, 1, 1)).step()
+    mark(shop)
+    assert marked(shop) == 0
+
+
+def test_the_forgotten_are_in_no_window(shop: Shop) -> None:
+    shop.record(view(start_of_hour(), session="s"))
+    mark(shop)
+    assert shop.sql("SELECT count(*) FROM feedback.bot_windows") == [(4,)]
+    shop.stub.ForgetUser(feedback_service_pb2.ForgetUserRequest(user_id="ada"), timeout=20)
+    assert shop.sql("SELECT count(*) FROM feedback.bot_windows") == [(0,)]
+
+
+def test_consent_given_to_one_replica_holds_for_the_next_call_to_another(shop: Shop, other: Shop) -> None:
+    def allow(replica: Shop, *, training: bool) -> None:
+        consent = consent_pb2.Consent(training=training, personalisation=training)
+        replica.stub.SetConsent(
+            feedback_service_pb2.SetConsentRequest(user_id="ada", consent=consent), timeout=10
+        )
+
+    shop.record(view(now_ms()), view(now_ms(), user="bob"))
+    for replica, another in ((shop, other), (other, shop)):
+        allow(replica, training=False)
+        # No wait: it is in force before the answer, and so within the second that is promised.
+        another.record(view(now_ms()))
+        assert trained_on(another) == 1
+        personalised = (
+            "SELECT DISTINCT user_key, personalisation FROM feedback.events_v1 WHERE NOT personalisation"
+        )
+        assert len(shop.sql(personalised, role="shopkeeper_profile")) == 1
+        allow(another, training=True)
+        assert trained_on(replica) == shop.count()
