@@ -64,6 +64,8 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         "scheduler": {"clock", "domain", "ports", "storage"},
         # Lets the day files forget while nothing trains.
         "snapshot_upkeep": {"settings"},
+        # Removes versions that are old, from the registry alone.
+        "retirement": set(),
         "clock": set(),
         "drift": {"domain"},
         # Told to Prometheus, from the ports.

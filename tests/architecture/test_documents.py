@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from services.feedback.settings import FeedbackSettings
 from shared.settings import ServiceSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,6 +42,14 @@ def test_the_readme_names_every_setting_that_all_services_share(name: str) -> No
     assert {
         variable for variable in variables if f"`{variable}`" not in expanded and variable not in expanded
     } == set()
+
+
+def test_the_page_of_feedback_has_every_setting_with_its_default() -> None:
+    text = (REPOSITORY / "docs" / "feedback.md").read_text()
+    for name, field in FeedbackSettings.model_fields.items():
+        if name in FeedbackSettings.__annotations__:
+            default = "<home>/imports" if field.default is None else field.default
+            assert f"| `SHOPKEEPER_{name.upper()}` | `{default}` | {field.description} |" in text
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(REPOSITORY)))

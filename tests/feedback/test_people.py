@@ -248,7 +248,7 @@ def test_an_erasure_that_was_cut_short_is_completed(shop: Shop) -> None:
 
 
 def write_version(shop: Shop, version: str, created_at: datetime | None) -> None:
-    manifest = {"model": "main", "version": version}
+    manifest: dict[str, object] = {"schema_version": 1, "model": "main", "version": version}
     if created_at:
         manifest["created_at"] = created_at.isoformat()
     (shop.registry / "main" / version).mkdir(parents=True)

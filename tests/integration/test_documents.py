@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from tests.integration.suite import Suite
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+FEEDBACK = README.parent / "docs" / "feedback.md"
 
 pytestmark = pytest.mark.slow
 
@@ -28,6 +30,22 @@ def test_the_first_integration_of_the_readme_prints_recommendations(trained: Sui
     lines = outcome.stdout.splitlines()
     assert len(lines) == 10
     assert re.fullmatch(r"1 \S+ -?[0-9.]+ \S.*", lines[0])
+
+
+def test_the_program_of_the_page_of_feedback_records_exports_and_forgets(trained: Suite) -> None:
+    (program,) = re.findall(r"^```python\n(.*?)^```", FEEDBACK.read_text(), re.MULTILINE | re.DOTALL)
+    assert "127.0.0.1:7001" in program
+    program = program.replace("127.0.0.1:7001", f"127.0.0.1:{trained.ports['feedback']}")
+    outcome = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    lines = outcome.stdout.splitlines()
+    assert lines[0].split()[0] == "EVENT_STATUS_STORED"
+    assert lines[1].split() == ["EVENT_STATUS_REJECTED", "EVENT_REASON_REQUIRED", "events[1].user_id"]
+    assert lines[2].split()[0] == "EVENT_STATUS_DUPLICATE"
+    assert [json.loads(line)["type"] for line in lines[4:6]] == ["consent", "event"]
+    assert lines[6] == "{'consents': 1, 'data_keys': 0, 'events': 1}"
 
 
 def test_the_requests_of_the_grpcurl_example_are_legal(trained: Suite) -> None:

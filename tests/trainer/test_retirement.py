@@ -17,6 +17,7 @@ def registry_of(root: Path, **ages_days: int) -> Registry:
     for version, days in ages_days.items():
         (root / "main" / version).mkdir(parents=True)
         manifest = {
+            "schema_version": 1,
             "model": "main",
             "version": version,
             "created_at": (NOW - timedelta(days=days)).isoformat(),
