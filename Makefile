@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-quality bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -75,6 +75,9 @@ bench-encoders: $(INSTALLED)  ## What vectors of texts and pictures are worth fo
 
 bench-read: $(INSTALLED)  ## How fast the log becomes training's arrays, beside the server's own COPY (EVENTS=2000000)
 	python -m tests.benchmarks.bench_read --events $(or $(EVENTS),2000000)
+
+bench-warm-start: $(INSTALLED)  ## What beginning at yesterday's weights saves, and costs (DATA=FILE, purchases with times)
+	@$(if $(DATA),,$(error say DATA=FILE, a Parquet file of purchases))python -m tests.benchmarks.bench_warm_start --data $(DATA)
 
 bench-quality: $(INSTALLED)  ## How good the model is on a file of histories, beside its baselines (DATA=DIR, TOPK=FILE, SEED=N, SEEDS=N)
 	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m services.trainer.bench_quality --data $(DATA) $(if $(TOPK),--topk $(TOPK)) $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS))

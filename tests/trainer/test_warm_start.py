@@ -112,7 +112,7 @@ def test_a_refresh_takes_fewer_passes_is_as_good_and_is_measured_on_newer_events
     ]
     assert (time_B > initial.last_event_microseconds).all()
     # Nothing came since: there is no event left that is a fair question.
-    with pytest.raises(FailedPrecondition, match="newer than version v1") as caught:
+    with pytest.raises(FailedPrecondition, match="newer than what initial_version") as caught:
         train(yesterday, initial)
     assert caught.value.reason == "TOO_LITTLE_DATA"
 

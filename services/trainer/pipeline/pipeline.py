@@ -102,6 +102,7 @@ def train_model(
     code_version: str = "",
     incumbent: Bundle | None = None,
     initial: InitialWeights | None = None,
+    newer_than_microseconds: int | None = None,
     checkpoints: Checkpoints | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> TrainedModel:
@@ -115,8 +116,8 @@ def train_model(
         should_stop: asked often; true ends the run with Cancelled.
         clock: monotonic seconds that the time for training is measured with.
         incumbent: the version in service, which the new one must beat.
-        initial: weights to begin with, in fewer passes; at random without. Only events newer than they are
-            measured on then.
+        initial: weights to begin with, in fewer passes; at random without.
+        newer_than_microseconds: since 1970; only later events are held out. With `initial`, what that knows.
         checkpoints: of the run; training goes on from there, and notes its passes.
 
     Raises:
@@ -134,7 +135,9 @@ def train_model(
     exclude = plan.exclude_seen
     split = split_of(histories, plan)
     if initial is not None:
-        split, size = only_newer(initial, histories, split), shortened(size)
+        newer_than_microseconds, size = initial.last_event_microseconds, shortened(size)
+    if newer_than_microseconds is not None:
+        split = only_newer(newer_than_microseconds, histories, split)
     # TensorFlow takes seconds to import: it does so beside the counting, but only where there is enough data.
     importing = threading.Thread(target=_import_tensorflow, name="import", daemon=True)
     importing.start()

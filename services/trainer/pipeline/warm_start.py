@@ -128,8 +128,8 @@ def shortened(size: HyperParameters) -> HyperParameters:
     return replace(size, max_epochs=max(2, round(_PASSES_SHARE * size.max_epochs)))
 
 
-def only_newer(initial: InitialWeights, histories: Histories, split: Split) -> Split:
-    """Returns the split with those held-out events alone that the initial weights cannot know.
+def only_newer(moment_microseconds: int, histories: Histories, split: Split) -> Split:
+    """Returns the split with those held-out events alone that are newer than a moment.
 
     A version has learned from every event of its day: asked for one of those again, it would remember, not foretell.
 
@@ -139,14 +139,13 @@ def only_newer(initial: InitialWeights, histories: Histories, split: Split) -> S
 
     def newer(held_out: HeldOut) -> HeldOut:
         time_B = histories.time_E[histories.start_U1[held_out.user_B] + held_out.prefix_B]
-        return held_out.take(np.flatnonzero(time_B > initial.last_event_microseconds))
+        return held_out.take(np.flatnonzero(time_B > moment_microseconds))
 
     validation, test = newer(split.validation), newer(split.test)
     if min(len(validation), len(test)) < MIN_USERS:
         raise FailedPrecondition(
             "TOO_LITTLE_DATA",
-            f"Only {min(len(validation), len(test))} events that could be held out are newer than version "
-            f"{initial.version}; {MIN_USERS} are needed to measure what begins at its weights. Wait for more, or leave "
-            "initial_version out.",
+            f"Only {min(len(validation), len(test))} events that could be held out are newer than what initial_version "
+            f"has learned from; {MIN_USERS} are needed to measure what begins at its weights. Wait for more, or leave it out.",
         )
     return replace(split, validation=validation, test=test)
