@@ -222,6 +222,30 @@ def test_a_second_import_of_the_same_contents_encodes_nothing(
     assert more_pictures.encoded == []
 
 
+def test_an_encoder_that_is_cut_short_goes_on_where_it_was(
+    encoding_shop: Callable[[], tuple[Shop, Counting, Counting]],
+) -> None:
+    shop, texts, _ = encoding_shop()
+    encode, batches = texts.encode, []
+
+    def cut_short(contents: Sequence[str]) -> Any:
+        batches.append(len(contents))
+        if len(batches) > 1:
+            raise RuntimeError("killed")
+        return encode(contents)
+
+    texts.encode = cut_short  # type: ignore[method-assign]
+    upsert(shop, *(item(f"item-{n}", title=f"The thing with the number {n}") for n in range(40)))
+    eventually(lambda: len(batches) > 1, "the second batch")
+    shop.service.drain()
+    shop.service.close()
+
+    _, more, _ = encoding_shop()
+    eventually(lambda: len(texts.encoded) + len(more.encoded) == 40, "the rest")
+    assert texts.encoded
+    assert not set(texts.encoded) & set(more.encoded), "nothing is encoded twice"
+
+
 def test_a_title_in_chinese_is_near_the_same_thing_in_english(
     encoding_shop: Callable[[], tuple[Shop, Counting, Counting]],
 ) -> None:

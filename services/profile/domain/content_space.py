@@ -30,7 +30,7 @@ DIMENSION = TEXT_COMPONENTS + TRAIT_COMPONENTS + MEANING_COMPONENTS + PICTURE_CO
 # Chosen on development data by `make bench-encoders`, whose numbers stand in docs/benchmarks.md.
 TEXT_WEIGHT, TRAIT_WEIGHT, MEANING_WEIGHT, PICTURE_WEIGHT = 0.2, 0.1, 0.3, 0.4
 # What a part is worth does not grow with more of it: a fit looks at a sample.
-MAX_FITTED = 5_000
+MAX_FITTED = 2_000
 # A space is fitted anew when there is so many times more to fit it to.
 GROWTH = 4
 _LEAST_VARIANCE = 1e-6
