@@ -11,9 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+import grpc
+from shopkeeper.feedback.v1 import experiment_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -28,7 +32,7 @@ class Wire(Enum):
 
 
 class Proxy:
-    """A wire to a port, whose behaviour changes at any time.
+    """A wire to a port, or to the path of a Unix socket, whose behaviour changes at any time.
 
     SLOW holds every piece back; CUT resets connections and refuses new ones; HALF_OPEN takes everything, also
     new connections, and hands nothing on: what a dead router or a powered-off host looks like.
@@ -36,8 +40,8 @@ class Proxy:
 
     SLOW_SECONDS = 0.4
 
-    def __init__(self, target_port: int) -> None:
-        self.target_port = target_port
+    def __init__(self, target: int | str) -> None:
+        self._target = target
         self.wire = Wire.GOOD
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -76,8 +80,7 @@ class Proxy:
                 near.close()
                 continue
             try:
-                far = socket.create_connection(("127.0.0.1", self.target_port), timeout=5)
-                far.settimeout(None)
+                far = self._connect()
             except OSError:
                 near.close()
                 continue
@@ -85,6 +88,15 @@ class Proxy:
                 self._open |= {near, far}
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _connect(self) -> socket.socket:
+        if isinstance(self._target, str):
+            far = socket.socket(socket.AF_UNIX)
+            far.connect(self._target)
+            return far
+        far = socket.create_connection(("127.0.0.1", self._target), timeout=5)
+        far.settimeout(None)
+        return far
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -102,7 +114,9 @@ class Proxy:
 
 
 class Neighbour:
-    """The stand-in of profile in a process of its own, so that it can be killed and stopped.
+    """The stand-in of profile and feedback in a process of its own, so that it can be killed and stopped.
+
+    Feedback knows one experiment: everybody on "home" is in its one variant.
 
     Args:
         items: ids of the catalogue.
@@ -121,7 +135,7 @@ class Neighbour:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"items": items, "histories": histories}) + "\n")
         self._process.stdin.flush()
-        self.port = int(self._process.stdout.readline())
+        self.port, self.feedback_port = map(int, self._process.stdout.readline().split())
 
     def kill(self) -> None:
         self._process.kill()
@@ -135,6 +149,15 @@ class Neighbour:
             self.kill()
 
 
+class FakeFeedback(feedback_service_pb2_grpc.FeedbackServiceServicer):
+    """One running experiment."""
+
+    def ListExperiments(self, request: Any, context: Any) -> feedback_service_pb2.ListExperimentsResponse:
+        experiment = experiment_pb2.Experiment(experiment_id="split", placement="home")
+        experiment.variants.add(variant_id="all", weight=1, serving_config="popular")
+        return feedback_service_pb2.ListExperimentsResponse(experiments=[experiment])
+
+
 def main() -> None:
     from shared.event_kinds import EventKind
     from tests.recommend.shop import FakeProfile, ProfileServer, item
@@ -143,7 +166,11 @@ def main() -> None:
     profile = FakeProfile()
     profile.upsert(*(item(item_id) for item_id in told["items"]))
     server = ProfileServer(profile)
-    print(server.port, flush=True)
+    feedback = grpc.server(futures.ThreadPoolExecutor(2))
+    feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(FakeFeedback(), feedback)
+    feedback_port = feedback.add_insecure_port("127.0.0.1:0")
+    feedback.start()
+    print(server.port, feedback_port, flush=True)
     # After somebody follows: what the stream carries is held in memory, and what it began with is asked for.
     for user_key, seen in told["histories"].items():
         profile.record(bytes.fromhex(user_key), *((item_id, EventKind.ITEM_VIEW) for item_id in seen))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 
+from shared.experiments import variant_label
 from tests.recommend.chaos import Neighbour, Proxy, Wire
 from tests.recommend.shop import Shop, causes, eventually, point
 from tests.recommend.test_service import IDS, VECTORS
@@ -23,13 +24,16 @@ SECONDS = float(os.environ.get("SHOPKEEPER_CHAOS_SECONDS", "1"))
 class Town:
     """A shop whose neighbours are processes behind wires."""
 
-    def __init__(self, make_shop: MakeShop) -> None:
-        self.shop = make_shop()
+    def __init__(self, make_shop: MakeShop, *, with_feedback: bool = False) -> None:
+        self.shop = make_shop(experiment_poll_seconds=0.1)
         self.shop.publish(IDS, VECTORS, pairs={("shoe-1", "hat"): 0.9})
         keys = {name: self.shop.user_key(name).hex() for name in ("ann", "bob")}
         self.neighbour = Neighbour(IDS, {keys["ann"]: ["shoe-1"], keys["bob"]: ["hat"]})
         self.wire = Proxy(self.neighbour.port)
+        self.feedback_wire = Proxy(self.neighbour.feedback_port)
         changed = {"profile_address": f"127.0.0.1:{self.wire.port}"}
+        if with_feedback:
+            changed["feedback_address"] = f"127.0.0.1:{self.feedback_wire.port}"
         self.shop.settings = self.shop.settings.model_copy(update=changed)
         self.shop.start()
         # Asked for once, ann is known from now on.
@@ -59,6 +63,7 @@ class Town:
 
     def close(self) -> None:
         self.wire.close()
+        self.feedback_wire.close()
         self.neighbour.close()
 
 
@@ -86,6 +91,30 @@ def test_profile_fails(town: Town, failure: str) -> None:
     assert "CONSISTENCY_NOT_REACHED" in missing
     # Whatever is late or gone, ann's history is held here, and used.
     assert town.ask("ann").freshness.events_used == 1
+
+
+FEEDBACK_FAILS: dict[str, Callable[[Town], None]] = {
+    # A process that is killed or stopped takes profile along, whose stand-in lives there too.
+    "killed": lambda town: town.neighbour.kill(),
+    "stopped": lambda town: town.neighbour.halt(),
+    "slow": lambda town: town.feedback_wire.become(Wire.SLOW),
+    "cut": lambda town: town.feedback_wire.become(Wire.CUT),
+    "half open": lambda town: town.feedback_wire.become(Wire.HALF_OPEN),
+}
+
+
+@pytest.mark.parametrize("failure", FEEDBACK_FAILS)
+def test_feedback_fails(make_shop: MakeShop, failure: str) -> None:
+    town = Town(make_shop, with_feedback=True)
+    try:
+        eventually(lambda: town.ask("ann").model.serving_config == "popular")
+        FEEDBACK_FAILS[failure](town)
+        town.every_call_is_answered()
+        # People stay where the experiment has put them.
+        model = town.ask("ann").model
+        assert (model.serving_config, model.variant) == ("popular", variant_label("split", "all"))
+    finally:
+        town.close()
 
 
 def hang(alias_file: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
@@ -25,7 +26,9 @@ from services.recommend.settings import RecommendSettings
 from shared.channel import open_channel
 from shared.server import GrpcServer
 from shared.telemetry import Telemetry
+from tests.recommend.chaos import Proxy, Wire
 from tests.recommend.shop import causes, eventually, ids, item, publish
+from tests.recommend.test_chaos import SECONDS
 from tests.recommend.test_service import IDS, VECTORS
 
 
@@ -153,3 +156,31 @@ def test_with_profile_gone_the_last_known_history_serves(suite: Suite) -> None:
     suite.servers[1].stop(0)
     eventually(lambda: "PROFILE_STALE" in causes(suite.recommend_to("eve")))
     assert ids(suite.recommend_to("eve", page_size=1))[0].startswith("shoe")
+
+
+@pytest.mark.parametrize("wire", [Wire.SLOW, Wire.CUT, Wire.HALF_OPEN], ids=lambda wire: wire.value)
+def test_every_call_is_answered_while_postgres_fails(
+    migrate_services: Callable[..., str], keys_dir: Path, tmp_path: Path, wire: Wire
+) -> None:
+    told = conninfo_to_dict(migrate_services("feedback", "profile"))
+    host, port = str(told.get("host", "127.0.0.1")), int(told.get("port") or 5432)
+    database = Proxy(f"{host}/.s.PGSQL.{port}" if host.startswith("/") else port)
+    credentials = f"{told.get('user', 'postgres')}:{told.get('password', '')}"
+    behind = f"postgresql://{credentials}@127.0.0.1:{database.port}/{told['dbname']}"
+    suite = Suite(behind, keys_dir, tmp_path)
+    try:
+        token = suite.view("ann", "tea-1")
+        assert suite.recommend_to("ann", consistency_token=token).freshness.events_used == 1
+        database.become(wire)
+        end, number = time.monotonic() + SECONDS, 0
+        while time.monotonic() < end:
+            number += 1
+            for user_id in ("ann", f"stranger-{number}"):
+                request = pb.RecommendRequest(user_id=user_id, page_size=3)
+                answer = suite.stub.Recommend(request, timeout=1)
+                assert len(answer.items) == 3
+        assert suite.recommend_to("ann").freshness.events_used == 1
+        database.become(Wire.GOOD)
+    finally:
+        suite.close()
+        database.close()
