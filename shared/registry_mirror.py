@@ -70,10 +70,14 @@ class Mirror:
         try:
             changed: int = transfer()
             return changed
-        except OSError as error:
+        except ShopkeeperError:
+            raise
+        # Each storage's driver has exceptions of its own, by no means all of them an OSError.
+        except Exception as error:
             raise Unavailable(
                 "REGISTRY_UNAVAILABLE",
-                f"The registry in object storage cannot be used now: {error}. Check SHOPKEEPER_REGISTRY_URL and its credentials.",
+                f"The registry in object storage cannot be used now: {type(error).__name__}: {error}. "
+                "Check SHOPKEEPER_REGISTRY_URL and its credentials.",
             ) from error
 
     def _pull(self) -> int:

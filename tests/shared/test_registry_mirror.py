@@ -59,29 +59,34 @@ def test_what_the_writer_publishes_reaches_every_copy(tmp_path: Path, bucket: tu
 class _Failing:
     """A file system that fails after so many writes."""
 
-    def __init__(self, remote: Any, writes: int) -> None:
-        self._remote, self._writes = remote, writes
+    def __init__(self, remote: Any, writes: int, failure: Exception) -> None:
+        self._remote, self._writes, self._failure = remote, writes, failure
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._remote, name)
 
     def put_file(self, *arguments: Any) -> None:
         if self._writes == 0:
-            raise ConnectionError("the network is away")
+            raise self._failure
         self._writes -= 1
         self._remote.put_file(*arguments)
 
 
+class _DriverError(Exception):
+    """As botocore's: no OSError."""
+
+
 @pytest.mark.parametrize("writes", [0, 1])
+@pytest.mark.parametrize("failure", [ConnectionError("the network is away"), _DriverError("no endpoint")])
 def test_a_push_that_is_cut_short_is_not_seen_and_goes_on(
-    tmp_path: Path, bucket: tuple[Any, str], writes: int
+    tmp_path: Path, bucket: tuple[Any, str], writes: int, failure: Exception
 ) -> None:
     writer, reader = tmp_path / "writer", tmp_path / "reader"
     publish(writer, "v1")
     point(writer, "v1")
     reader.mkdir()
     with pytest.raises(Unavailable):
-        Mirror(writer, _Failing(bucket[0], writes), bucket[1]).push()
+        Mirror(writer, _Failing(bucket[0], writes, failure), bucket[1]).push()
     Mirror(reader, *bucket).pull()
     assert everything(reader) == {}
     Mirror(writer, *bucket).push()
