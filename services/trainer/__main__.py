@@ -66,11 +66,12 @@ class Trainer:
         )
         models = Models(versions, wait=self._wait)
         schedule_store = PostgresScheduleStore(self.database)
+        drift = DriftMeter(self.database, registry, telemetry.logger)
         self.scheduler = Scheduler(
             schedule_store,
             store,
             self.supervisor,
-            DriftMeter(self.database, registry, telemetry.logger).why_to_train,
+            drift.why_to_train,
             telemetry.logger,
             drift_interval_seconds=settings.drift_check_seconds,
             max_queued=settings.max_queued_runs,
@@ -78,7 +79,7 @@ class Trainer:
         self.snapshots = SnapshotUpkeep(settings, database_url, telemetry.logger)
         self.retirement = Retirement(registry, settings.model_retention_days, telemetry.logger)
         schedules = Schedules(schedule_store, next_run_at=next_run_at, now=lambda: datetime.now(UTC))
-        self.metrics = RunMetrics(PostgresRunOverview(self.database), ledger)
+        self.metrics = RunMetrics(PostgresRunOverview(self.database), ledger, drift.latest)
         self.metrics.register()
         budgets = PrivacyBudgets(ledger, required=settings.privacy_required)
         servicer = TrainerServicer(runs, models, schedules, budgets, signer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,9 +23,16 @@ class RunMetrics:
     Args:
         overview: of the runs.
         ledger: of the privacy budget.
+        drift: returns the newest population stability index of each (model, what it is of).
     """
 
-    def __init__(self, overview: RunOverview, ledger: PrivacyLedger) -> None:
+    def __init__(
+        self,
+        overview: RunOverview,
+        ledger: PrivacyLedger,
+        drift: Callable[[], Mapping[tuple[str, str], float]] = dict,
+    ) -> None:
+        self._drift = drift
         self._overview, self._ledger = overview, ledger
         self._lock = threading.Lock()
         self._read_at = -REMEMBERED_SECONDS
@@ -103,4 +110,11 @@ class RunMetrics:
             "Epsilon that private runs have spent in the last 365 days.",
             value=budget.epsilon_spent,
         )
-        return [under_way, ended, verdicts, drift, newest, limit, spent]
+        index = GaugeMetricFamily(
+            "shopkeeper_trainer_drift",
+            "Population stability index of what came since the version in service was trained, as last measured.",
+            labels=["model", "of"],
+        )
+        for (model, of), value in self._drift().items():
+            index.add_metric([model, of], value)
+        return [index, under_way, ended, verdicts, drift, newest, limit, spent]

@@ -15,6 +15,8 @@ from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
 from services.trainer.clock import next_run_at
 from services.trainer.domain.drift import bins_of_items, drift_of_items, population_stability_index
+from services.trainer.drift import DriftMeter
+from shared.database import Database
 from shared.keys import read_signing_key
 from tests.trainer.conftest import eventually, walk
 from tests.trainer.test_evaluations_and_tunings import next_item_version
@@ -181,5 +183,37 @@ def test_a_log_that_has_moved_away_starts_a_run_and_one_that_has_not_does_not(
     record([[0, 1] * 5] * 150, first_user=2000)
     (run,) = runs()
     assert run.schedule_id == "drift"
+    told = {
+        (sample.labels["model"], sample.labels["of"]): sample.value
+        for family in trainer.metrics.collect()
+        for sample in family.samples
+        if sample.name == "shopkeeper_trainer_drift"
+    }
+    assert told.keys() == {("main", "items"), ("main", "kinds")}
+    assert told["main", "items"] > 0.2 > told["main", "kinds"]
     # Not again within the schedule's interval.
     assert len(runs()) == 1
+
+
+@pytest.mark.parametrize(
+    ("late", "drifted"), [("0.02 + 0.08 * random()", False), ("0.3 + 0.5 * random()", True)]
+)
+def test_scores_that_a_version_no_longer_gives_as_it_used_to_are_drift(
+    record, database_url: str, late: str, drifted: bool
+) -> None:
+    database = Database(database_url, schema="trainer")
+    with psycopg.connect(database_url) as connection:
+        for moment, score in (("2026-01-01", "0.02 + 0.08 * random()"), ("2026-01-09", late)):
+            for version, shown in (("v1", score), ("another", "0.9")):
+                connection.execute(
+                    "INSERT INTO feedback.events (event_key, payload_digest, occurred_at, kind, device, channel, consent, "
+                    "user_key, recommendation_id, model_version, impression_items, impression_positions, impression_propensities) "
+                    f"SELECT gen_random_uuid(), 0, %s, 2, 0, 0, 0, %s, %s, %s, ARRAY['item-1'], ARRAY[1], ARRAY[({shown})::real] "
+                    "FROM generate_series(1, 900)",
+                    (moment, b"k" * 16, b"r" * 8, version),
+                )
+    with database.connect() as connection:
+        scores = DriftMeter._scores(connection, "v1")
+    database.close()
+    assert scores.sum(axis=0).tolist() == [900, 900]
+    assert (population_stability_index(scores[:, 0], scores[:, 1]) > 0.2) == drifted
