@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import grpc
 import psycopg
 
-from services.feedback.clients import Ed25519Signer, RegistryModelVersions, SystemClock
+from services.feedback.clients import Catalogue, Ed25519Signer, RegistryModelVersions, SystemClock
 from services.feedback.converters.events import EventReader
 from services.feedback.converters.identities import Door
 from services.feedback.converters.imports import ImportDirectory
@@ -60,6 +60,7 @@ from services.feedback.use_cases import (
     RunImports,
     ValuePolicies,
 )
+from shared.channel import open_channel, tls_of
 from shared.database import Database, migrate, resolve_url
 from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
 from shared.keys import read_signing_key
@@ -82,6 +83,7 @@ class Feedback:
     servicer: FeedbackServicer
     people: PostgresPeople
     bots: BotMarks
+    catalogue: Catalogue
     experiments: RunExperiments
     log: GroupCommitLog
     notifier: LogNotifier
@@ -90,7 +92,8 @@ class Feedback:
     stopped: threading.Event
 
     def start(self) -> None:
-        """Begins the work that one replica does for all."""
+        """Begins the work in the background."""
+        self.catalogue.start()
         for worker in self.workers:
             worker.start()
 
@@ -101,6 +104,7 @@ class Feedback:
     def close(self) -> None:
         """Commits what waits, then lets go of the database."""
         self.stopped.set()
+        self.catalogue.stop()
         for worker in self.workers:
             worker.stop()
         self.log.close()
@@ -134,7 +138,10 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     )
     metrics = PostgresMetrics(database)
     experiments = RunExperiments(PostgresExperiments(database), metrics, clock)
-    record_events = RecordEvents(log)
+    catalogue = Catalogue(
+        open_channel(settings.profile_address, tls=tls_of(settings)), settings.catalogue_check_seconds
+    )
+    record_events = RecordEvents(log, catalogue)
     reader = EventReader(door, signer, attribution_max_age_days=settings.attribution_max_age_days)
     stopped = threading.Event()
     rotation = PostgresKeyRotation(
@@ -189,7 +196,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     )
     marker = ExclusiveWorker("bots", database, BOTS_LOCK, bots.step, idle_seconds=settings.bot_check_seconds)
     workers = (importer, rotator, keeper, guard, marker)
-    return Feedback(servicer, people, bots, experiments, log, notifier, database, workers, stopped)
+    return Feedback(servicer, people, bots, catalogue, experiments, log, notifier, database, workers, stopped)
 
 
 def serve() -> None:

@@ -1,18 +1,32 @@
-"""What lies outside of the database: the model registry, the signing key, the clock."""
+"""What lies outside of the database: the model registry, the catalogue, the signing key, the clock."""
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from prometheus_client import Counter
+from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc
 
 from services.feedback.domain.consent import ModelVersion
+from services.feedback.domain.events import EventColumns
 from shared.bundle.registry import Registry
 from shared.errors import ShopkeeperError
 from shared.telemetry import get_logger
 
 PRODUCTION = "production"
+# Some 100 bytes each. A larger catalogue is not known, and nothing is said of its items.
+MAX_ITEMS = 500_000
+_PAGE_ITEMS = 1_000
+_CALL_TIMEOUT_SECONDS = 10.0
+_TOLD_ITEMS = 20
+_UNKNOWN = Counter(
+    "shopkeeper_feedback_unknown_item_events_total",
+    "Events that name an item that the catalogue does not know.",
+)
 
 
 class RegistryModelVersions:
@@ -70,3 +84,82 @@ class SystemClock:
     def now(self) -> datetime:
         """Returns the time now, UTC."""
         return datetime.now(UTC)
+
+
+class Catalogue:
+    """The KnownItems of profile's catalogue. Until it was read, nothing is unknown.
+
+    Args:
+        check_seconds: between two readings; 0: it is never read.
+    """
+
+    def __init__(self, channel: grpc.Channel, check_seconds: float, max_items: int = MAX_ITEMS) -> None:
+        self._stub = catalog_service_pb2_grpc.CatalogServiceStub(channel)
+        self._check_seconds = check_seconds
+        self._max_items = max_items
+        self._known: frozenset[str] | None = None
+        # Since the last reading, as examples for the log.
+        self._unknown: dict[str, int] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="catalogue", daemon=True)
+        self._logger = get_logger("feedback")
+
+    def start(self) -> None:
+        """Begins to read."""
+        if self._check_seconds:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ends."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join(_CALL_TIMEOUT_SECONDS + 1)
+
+    def unknown_items(self, columns: EventColumns) -> dict[int, str]:
+        """Returns, by row, the first item that the catalogue does not know."""
+        known = self._known
+        if known is None:
+            return {}
+        unknown: dict[int, str] = {}
+        items = columns.column("item_id")
+        if strange := set(items) - known - {None, ""}:
+            unknown = {row: item for row, item in enumerate(items) if item in strange}
+        for name in ("line_items", "impression_items"):
+            for row, several in columns.sparse.get(name, {}).items():
+                if row not in unknown and not known.issuperset(several):
+                    unknown[row] = next(item for item in several if item not in known)
+        if unknown:
+            _UNKNOWN.inc(len(unknown))
+            if len(self._unknown) < _TOLD_ITEMS:
+                self._unknown.update(dict.fromkeys(unknown.values(), 0))
+        return unknown
+
+    def read(self) -> None:
+        """Reads the catalogue; while it cannot be read, or is empty or too large, nothing is unknown."""
+        known: set[str] = set()
+        page_token = ""
+        while not self._stopped.is_set():
+            request = catalog_service_pb2.ListItemsRequest(page_size=_PAGE_ITEMS, page_token=page_token)
+            answer = self._stub.ListItems(request, timeout=_CALL_TIMEOUT_SECONDS)
+            known.update(item.item_id for item in answer.items)
+            page_token = answer.next_page_token
+            if not page_token or len(known) > self._max_items:
+                break
+        self._known = frozenset(known) if 0 < len(known) <= self._max_items else None
+        if told := list(self._unknown)[:_TOLD_ITEMS]:
+            self._logger.warning("events name items that the catalogue does not know", items=told)
+            self._unknown = {}
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                self.read()
+            except grpc.RpcError as error:
+                code = error.code() if isinstance(error, grpc.Call) else None
+                self._logger.info("the catalogue cannot be read", code=code.name if code else "")
+            except Exception as error:
+                # The thread must live: the set would go stale, and new items would be reported for ever.
+                self._known = None
+                self._logger.error("reading the catalogue failed", cause=type(error).__name__)
+            if self._stopped.wait(self._check_seconds):
+                return

@@ -230,6 +230,14 @@ class ModelVersions(Protocol):
         ...
 
 
+class KnownItems(Protocol):
+    """The catalogue, as far as events name its items."""
+
+    def unknown_items(self, columns: EventColumns) -> dict[int, str]:
+        """Returns, by row, an item that the catalogue does not know; empty while it cannot tell."""
+        ...
+
+
 class ReceiptSigner(Protocol):
     """Signs erasure receipts."""
 

@@ -54,6 +54,12 @@ class FeedbackSettings(ServiceSettings):
     import_directory: Path | None = Field(
         None, description="Directory whose files `ImportEvents` may read. Defaults to <home>/imports."
     )
+    catalogue_check_seconds: float = Field(
+        60.0,
+        ge=0,
+        le=86_400,
+        description="How often the ids of profile's catalogue are read, to say which events name unknown items; 0: never.",
+    )
     retention_days: int = Field(
         0,
         ge=0,

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
-from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, settled
+from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, RowProblem, RowReason, settled
 from services.feedback.domain.experiments import (
     GUARD_CONFIDENCE_LEVEL,
     Experiment,
@@ -44,6 +44,7 @@ from services.feedback.ports import (
     ImportStore,
     ImpressionStore,
     KeyRotationStore,
+    KnownItems,
     MetricsStore,
     ModelVersions,
     PersonStore,
@@ -87,8 +88,9 @@ class PendingBatch:
 class RecordEvents:
     """Appends batches to the log."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, items: KnownItems | None = None) -> None:
         self._log = log
+        self._items = items
 
     def submit(self, batch: ReadBatch) -> PendingBatch:
         """Queues the rows of a batch; `PendingBatch.wait` tells what became of them.
@@ -99,6 +101,18 @@ class RecordEvents:
         columns = batch.columns
         if not len(columns):
             return PendingBatch(batch, None)
+        if self._items is not None:
+            for row, item_id in self._items.unknown_items(columns).items():
+                index = batch.row_numbers[row]
+                # What is amiss already counts for more.
+                batch.remarks.setdefault(
+                    index,
+                    RowProblem(
+                        f"events[{index}]",
+                        RowReason.UNKNOWN_ITEM,
+                        f"Stored, but the catalogue does not know the item {item_id!r} (yet): upsert it in profile.",
+                    ),
+                )
         return PendingBatch(batch, self._log.append(columns))
 
 
