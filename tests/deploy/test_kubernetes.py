@@ -233,7 +233,7 @@ def test_the_network_lets_through_what_the_policy_lets_through() -> None:
     by_policy = {
         (role, rpc.split(".")[1])
         for rpc, roles in allowed.roles_for.items()
-        for role in roles & {"recommend", "feedback", "trainer", "scheduler"}
+        for role in roles & {"recommend", "feedback", "profile", "trainer", "scheduler"}
     }
     names = {"train": "scheduler"}
     by_network = set()
