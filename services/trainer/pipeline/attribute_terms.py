@@ -82,29 +82,20 @@ class AttributeTerms:
         items = self.x_IA.shape[0]
         width = min(items, rank + _OVERSAMPLING)
 
-        def with_content(
-            found: npt.NDArray[np.float64], right_IR: npt.NDArray[np.float64]
-        ) -> npt.NDArray[np.float64]:
+        def product(right_IR: Float32, lift_AA: Float32) -> Float32:
+            found_IR: Float32 = np.float32(similarity) * (self.x_IA @ (self.x_IA.T @ right_IR))
+            found_IR += np.float32(transition) * (self.y_IA @ (lift_AA @ (self.y_IA.T @ right_IR)))
             if content and self.content_IC is not None:
-                found = found + content * (self.content_IC @ (self.content_IC.T @ right_IR))
-            return np.asarray(found)
+                found_IR += np.float32(content) * (self.content_IC @ (self.content_IC.T @ right_IR))
+            return found_IR
 
-        def product(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-            found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
-            return with_content(
-                found + transition * (self.y_IA @ (self.lift_AA @ (self.y_IA.T @ right_IR))), right_IR
-            )
-
-        def transposed(right_IR: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-            found = similarity * (self.x_IA @ (self.x_IA.T @ right_IR))
-            return with_content(
-                found + transition * (self.y_IA @ (self.lift_AA.T @ (self.y_IA.T @ right_IR))), right_IR
-            )
-
-        basis_IR = np.linalg.qr(product(np.random.default_rng(0).normal(size=(items, width))))[0]
+        # In single precision: of 200,000 items each of these matrices is 64 MB.
+        start_IR = np.random.default_rng(0).standard_normal((items, width), np.float32)
+        basis_IR = np.linalg.qr(product(start_IR, self.lift_AA))[0]
         for _ in range(_POWER_ITERATIONS):
-            basis_IR = np.linalg.qr(product(np.linalg.qr(transposed(basis_IR))[0]))[0]
-        left_RR, size_R, right_RI = np.linalg.svd(transposed(basis_IR).T, full_matrices=False)
+            other_IR = np.linalg.qr(product(basis_IR, self.lift_AA.T))[0]
+            basis_IR = np.linalg.qr(product(other_IR, self.lift_AA))[0]
+        left_RR, size_R, right_RI = np.linalg.svd(product(basis_IR, self.lift_AA.T).T, full_matrices=False)
         root_R = np.sqrt(size_R[:rank])
         queries_IR = (basis_IR @ left_RR[:, :rank]) * root_R
         return queries_IR.astype(np.float32), (right_RI[:rank].T * root_R).astype(np.float32)

@@ -240,6 +240,8 @@ def train_model(
     best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints)
     budget.pause()
     check()
+    if not plan.refit:
+        model.end_training()
     report("TRAINING", "Learning the weights of the blend.", remaining_seconds=rest.while_fitting())
     blend = learn_blend(
         histories,

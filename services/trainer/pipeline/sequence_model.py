@@ -221,6 +221,10 @@ class SequenceModel:
             variable.assign(average)
             average.assign(trained)
 
+    def end_training(self) -> None:
+        """Gives back what only training needs: three times the tables. Afterwards the model can be read alone."""
+        self._moments, self._averages = [], []
+
     # ---- reading it
 
     def item_vectors(self) -> Float32:
