@@ -37,8 +37,8 @@ def queries(model, items, kinds, segments):
     padded = np.zeros((3, rows, length), np.int32)
     for place, values in enumerate((items, kinds, segments)):
         padded[place, 0, : len(values)] = values
-    model._refresh_vectors()
-    return model._encode_rows(*(tf.constant(part) for part in padded)).numpy()[0]
+    vectors_ID = tf.constant(model.item_vectors())
+    return model._encode_rows(*(tf.constant(part) for part in padded), vectors_ID).numpy()[0]
 
 
 def test_what_comes_later_changes_nothing_that_came_before(model) -> None:

@@ -32,8 +32,9 @@ POPULARITY, POPULARITY_DECAYED = "popularity", "popularity_decayed"
 QUERY_DECAY_GRID = (0.3, 0.6065, 0.85, 1.0)
 HALF_LIFE_DAYS_GRID = (7.0, 30.0, 90.0, 365.0)
 
-# Scores held at once, in cells of four bytes: bounds memory whatever the catalogue's size.
-_CHUNK_CELLS = 8_000_000
+# Scores held at once, in cells of four bytes: bounds memory whatever the catalogue's size. The blend holds some fifteen times
+# as much while it is learned.
+_CHUNK_CELLS = 2_000_000
 _COVERAGE_USERS = 5_000
 _DAY_MICROSECONDS = 86_400e6
 

@@ -89,7 +89,9 @@ class SequenceModel:
         token = tf.TensorSpec((rows, length), tf.int32)
         self._steps: dict[int, Callable[..., tuple[tf.Tensor, tf.Tensor]]] = {}
         self._encode_rows = tf.function(
-            self._encode_rows_eagerly, input_signature=[token, token, token], autograph=False
+            self._encode_rows_eagerly,
+            input_signature=[token, token, token, tf.TensorSpec((item_count, width), tf.float32)],
+            autograph=False,
         )
 
     # ---- the step
@@ -240,9 +242,9 @@ class SequenceModel:
         return vectors_ID
 
     def _encode_rows_eagerly(
-        self, item_BT: tf.Tensor, kind_BT: tf.Tensor, segment_BT: tf.Tensor
+        self, item_BT: tf.Tensor, kind_BT: tf.Tensor, segment_BT: tf.Tensor, vectors_ID: tf.Tensor
     ) -> tf.Tensor:
-        vectors_BTD = tf.gather(self._vectors_ID, item_BT)
+        vectors_BTD = tf.gather(vectors_ID, item_BT)
         return self.encoder(vectors_BTD, kind_BT, allowed_within_segments(segment_BT))
 
     def encode(self, histories: Histories, held_out: HeldOut) -> Float32:
@@ -250,7 +252,7 @@ class SequenceModel:
         query_BD = np.zeros((len(held_out), self.size.dimension), np.float32)
         with_history = np.flatnonzero(held_out.prefix_B > 0)
         packed = pack_for_encoding(histories, held_out.take(with_history), self.size.max_history)
-        self._refresh_vectors()
+        vectors_ID = tf.constant(self.item_vectors())
         rows, length = self.size.rows_per_step, self.size.max_history
         # Of each batch only the answers are kept: all tokens of a large log would be gigabytes.
         order_S = np.argsort(packed.last_S, kind="stable")
@@ -258,17 +260,11 @@ class SequenceModel:
         for number, batch in enumerate(_batches(packed, rows)):
             first = number * rows * length
             here = slice(*np.searchsorted(last_S, [first, first + rows * length]))
-            query_ND = self._encode_rows(*(fixed(part, rows) for part in batch)).numpy()
+            query_ND = self._encode_rows(*(fixed(part, rows) for part in batch), vectors_ID).numpy()
             query_BD[with_history[order_S[here]]] = query_ND.reshape(-1, query_BD.shape[1])[
                 last_S[here] - first
             ]
         return query_BD
-
-    def _refresh_vectors(self) -> None:
-        if not hasattr(self, "_vectors_ID"):
-            self._vectors_ID = tf.Variable(self.item_vectors(), trainable=False)
-        else:
-            self._vectors_ID.assign(self.item_vectors())
 
     def weights(self) -> list[Float32]:
         """Returns a copy of everything that is learned."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from services.trainer.domain.hyper_parameters import HyperParameters
@@ -143,7 +144,8 @@ def train(
     runner = PassRunner(model, histories, np.random.default_rng(model.seed + 1))
     schedule = Schedule.of(size, runner.steps_per_pass)
     made, probed_at = 0, 0.0
-    best, best_epoch, best_weights = -1.0, 0, model.weights()
+    best, best_epoch = -1.0, 0
+    best_weights: list[npt.NDArray[np.float32]] = []
     reports: list[EpochReport] = []
     epoch = 0
     if checkpoints is not None and (state := checkpoints.load()) is not None:
@@ -185,7 +187,9 @@ def train(
             with model.averaged():
                 score = validate()
                 if score > best:
-                    best, best_epoch, best_weights = score, epoch, model.weights()
+                    # Freed before it is taken anew: of a large catalogue it is a tenth of the memory.
+                    best, best_epoch, best_weights = score, epoch, []
+                    best_weights = model.weights()
         step = int(model.step_count.numpy())
         reports.append(EpochReport(epoch, step, loss, score, budget.spent, runner.steps_per_pass))
         on_epoch(reports[-1])
@@ -209,7 +213,8 @@ def train(
             )
         if last:
             break
-    model.set_weights(best_weights)
+    if best_weights:
+        model.set_weights(best_weights)
     return best_epoch, reports
 
 
