@@ -120,7 +120,7 @@ class ItemVectors:
                 busy_seconds = self.refresh()
             except Unavailable:
                 busy_seconds = 1.0
-            # Half of a core at most: those who write and read items share it.
+            # A moment between full batches, for those who write and read items meanwhile.
             self._stopping.wait(busy_seconds)
             if not self._dirty or self._matrix is None:
                 self._touched.wait(POLL_SECONDS)
