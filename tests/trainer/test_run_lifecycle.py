@@ -25,7 +25,7 @@ from tests.trainer.conftest import eventually, walk
 
 State = training_run_pb2.TrainingRun.State
 Stage = training_run_pb2.TrainingRun.Stage
-TINY = training_run_pb2.TrainingConfig(size=training_run_pb2.TrainingConfig.SIZE_TINY, max_train_seconds=10)
+TINY = training_run_pb2.TrainingConfig(size=training_run_pb2.TrainingConfig.SIZE_TINY, max_train_seconds=40)
 
 
 def failure_of(call: Callable[[], object]) -> ShopkeeperError:
