@@ -42,7 +42,7 @@ def test_the_program_of_the_page_of_feedback_records_exports_and_forgets(trained
     assert outcome.returncode == 0, outcome.stderr
     lines = outcome.stdout.splitlines()
     assert lines[0].split()[0] == "EVENT_STATUS_STORED"
-    assert lines[1].split() == ["EVENT_STATUS_REJECTED", "EVENT_REASON_REQUIRED", "events[1].user_id"]
+    assert lines[1].split() == ["EVENT_STATUS_REJECTED", "EVENT_REASON_UNKNOWN_KIND", "events[1].detail"]
     assert lines[2].split()[0] == "EVENT_STATUS_DUPLICATE"
     assert [json.loads(line)["type"] for line in lines[4:6]] == ["consent", "event"]
     assert lines[6] == "{'consents': 1, 'data_keys': 0, 'events': 1}"
