@@ -40,8 +40,10 @@ unit: $(INSTALLED)  ## All tests but the ones that need the whole suite
 integration: $(INSTALLED)  ## The four processes together
 	pytest -q tests/integration
 
-bench-ingest: $(INSTALLED)  ## How fast events come in, beside a bare COPY
-	python -m tests.benchmarks.bench_ingest
+comma := ,
+
+bench-ingest: $(INSTALLED)  ## How fast events come in, beside a bare COPY (GROWTH=20000000: cost of an event from 1 million rows to so many; MINUTES=10: memory over so long)
+	python -m tests.benchmarks.bench_ingest $(if $(GROWTH),--sizes 1000000$(comma)$(GROWTH)) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench-serve: $(INSTALLED)  ## How fast recommendations are served, and what one costs (ITEMS=12000)
 	python -m tests.benchmarks.bench_serve --items $(or $(ITEMS),12000)

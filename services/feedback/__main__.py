@@ -74,6 +74,8 @@ STARTUP_PATIENCE_SECONDS = 60.0
 ERASURE_CHECK_SECONDS = 30.0
 ERASURE_GRACE_SECONDS = 120.0
 GC_ALLOCATIONS = 100_000
+# While one waits for the disk the other is prepared and executed; a third finds nothing to do.
+CONCURRENT_COMMITS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     people = PostgresPeople(database, cipher)
     notifier = LogNotifier(database, interval_seconds=settings.notify_interval_ms / 1000)
     log = GroupCommitLog(
-        LogWriter(database, cipher, door.key_version),
+        *(LogWriter(database, cipher, door.key_version) for _ in range(CONCURRENT_COMMITS)),
         max_rows=settings.commit_max_rows,
         queue_rows=settings.commit_queue_rows,
         on_commit=notifier.wake,

@@ -11,11 +11,17 @@ events_per_second               through gRPC in batches of --batch, durable and 
 copy_events_per_second          COPY of --batch rows, each committed, over one connection
 copy_ratio                      the one by the other
 copy_at_commit_size             COPY of as many rows as the server's group commits had on average
-single_calls_per_second         one event a call, 64 callers; ack_p50_ms, ack_p99_ms of these
+single_calls_per_second         one event a call, 64 callers that call again at once; ack_p50_ms, ack_p99_ms of these: the
+                                server is saturated, so they tell the length of its queue
+paced_calls_per_second          the same calls planned at --pace of that rate; paced_ack_p50_ms, paced_ack_p99_ms since the
+                                moment for which each was planned
+paced_fsync_ms                  as fsync_ms, measured right after
+ack_asked_ms                    4 fsyncs + 10 ms
 fsync_ms, fsync_p99_ms          one 8 kB write with fdatasync beside the database
 duplicate_cost                  share of throughput (and _cpu: of CPU) that 10 % duplicates cost
 cost_growth                     CPU of an event in the larger table by that in the smaller one, less one
 rss_mb                          the server's peak resident memory
+rss_growth_mb                   with --minutes: its median in the last fifth of the time less that in the second fifth
 cpu_us_per_event                of server, postgres and client, in the batches
 """
 
@@ -408,6 +414,20 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str,
     yield "ack_p50_ms", round(single["p50_ms"], 1)
     yield "ack_p99_ms", round(single["p99_ms"], 1)
     yield "single_cpu_us_per_call", {name: round(value) for name, value in single["cpu_us"].items()}
+    pace = arguments.pace * single["rate"]
+    paced = bench.measure(arguments.calls, 1, SINGLE_CALLERS, calls_per_second=pace)
+    yield "paced_calls_per_second", round(paced["rate"])
+    yield "paced_ack_p50_ms", round(paced["p50_ms"], 1)
+    yield "paced_ack_p99_ms", round(paced["p99_ms"], 1)
+    fsync = fsync_ms(bench.home)[0]
+    yield "paced_fsync_ms", round(fsync, 2)
+    yield "ack_asked_ms", round(4 * fsync + 10, 1)
+    if arguments.minutes:
+        resident = soaked(bench, arguments)
+        yield "rss_mb_by_time", [round(resident[len(resident) * tenth // 10]) for tenth in range(10)]
+        fifth = max(1, len(resident) // 5)
+        growth = statistics.median(resident[-fifth:]) - statistics.median(resident[fifth : 2 * fifth])
+        yield "rss_growth_mb", round(growth, 1)
     costs = []
     for rows in arguments.sizes:
         bench.grow_to(rows)
@@ -422,6 +442,16 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str,
     yield "environment", environment(bench.url)
 
 
+def soaked(bench: Bench, arguments: argparse.Namespace) -> list[float]:
+    """Returns the server's resident megabytes after each round of a load that lasts --minutes."""
+    resident = []
+    end = time.monotonic() + 60 * arguments.minutes
+    while time.monotonic() < end:
+        bench.measure(arguments.events // 2, arguments.batch, arguments.callers)
+        resident.append(psutil.Process(bench.server.pid).memory_info().rss / 1e6)
+    return resident
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -431,6 +461,10 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=60_000, help="events of the main measurement")
     parser.add_argument("--rounds", type=int, default=3, help="rounds into which they are divided")
     parser.add_argument("--calls", type=int, default=6_000, help="calls with one event each")
+    parser.add_argument("--pace", type=float, default=2 / 3, help="of the paced calls, by the saturated rate")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="of batches, after which the memory is looked at; 0: none"
+    )
     parser.add_argument(
         "--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[100_000, 500_000],
         help="table sizes between which the cost of an event may grow, such as 1000000,20000000",

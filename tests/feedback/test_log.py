@@ -294,6 +294,41 @@ def test_a_batch_that_cannot_be_stored_does_not_cost_others_theirs() -> None:
     log.close()
 
 
+def test_a_second_commit_begins_beside_the_first_once_half_as_many_rows_wait() -> None:
+    writers = GatedWriter(), GatedWriter()
+    log = GroupCommitLog(*writers, max_rows=1_000, queue_rows=10_000)
+    first = log.append(rows(400))
+    assert eventually(lambda: any(writer.entered.is_set() for writer in writers))
+    busy, idle = sorted(writers, key=lambda writer: not writer.entered.is_set())
+    small = log.append(rows(199))
+    assert not idle.entered.wait(0.2)
+    enough = log.append(rows(1))
+    idle.gate.set()
+    wait([small, enough], 10)
+    assert idle.commits == [200]
+    assert not first.done()
+    busy.gate.set()
+    first.result(10)
+    log.close()
+
+
+@pytest.mark.parametrize("under_way", [1, 60])
+def test_few_rows_wait_for_the_commit_under_way_rather_than_for_the_disk_once_more(under_way: int) -> None:
+    writers = GatedWriter(), GatedWriter()
+    log = GroupCommitLog(*writers, max_rows=1_000, queue_rows=10_000)
+    first = log.append(rows(under_way))
+    assert eventually(lambda: any(writer.entered.is_set() for writer in writers))
+    busy, idle = sorted(writers, key=lambda writer: not writer.entered.is_set())
+    few = log.append(rows(99))
+    assert not idle.entered.wait(0.2)
+    for writer in writers:
+        writer.gate.set()
+    wait([first, few], 10)
+    log.close()
+    assert busy.commits[0] == under_way
+    assert sum(busy.commits) + sum(idle.commits) == under_way + 99
+
+
 def test_a_queue_that_is_full_refuses_with_a_time_to_come_back() -> None:
     writer = GatedWriter()
     log = GroupCommitLog(writer, max_rows=10, queue_rows=20)
