@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-privacy verify-privacy bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -96,6 +96,12 @@ bench-peers: $(INSTALLED)  ## Our model beside implicit, RecTools and EASE on on
 
 bench-sizes: $(INSTALLED)  ## Parameters, memory and time of a step of each named size of the model
 	python -m tests.benchmarks.bench_sizes
+
+bench-privacy: $(INSTALLED)  ## What differential privacy costs in quality, by epsilon and population (PEOPLE=22000,1000000 BEAUTY=DIR GRADIENTS=1 PLOT=FILE.png SEEDS=3)
+	@python -m tests.benchmarks.bench_privacy $(if $(PEOPLE),--people $(PEOPLE)) $(if $(BEAUTY),--beauty $(BEAUTY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(filter 1,$(GRADIENTS)),--gradients) --deltas $(or $(DELTAS),1e-6) $(if $(PLOT),--plot $(PLOT))
+
+verify-privacy: $(INSTALLED)  ## Canaries: what an attacker can prove of private runs, and that lies are caught; charges under kills
+	SHOPKEEPER_CANARIES=2000 pytest -q -s --timeout 1800 tests/trainer/test_privacy_audit.py tests/trainer/test_privacy_kills.py tests/trainer/test_privacy_outputs.py
 
 verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
 	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py

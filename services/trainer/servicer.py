@@ -190,6 +190,7 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
     def EvaluateModel(
         self, request: trainer_service_pb2.EvaluateModelRequest, context: grpc.ServicerContext
     ) -> training_run_pb2.TrainingRun:
+        self._budgets.check_evaluation()
         run = self._runs.evaluate(
             check_name(request.model, "model", DEFAULT_MODEL),
             check_name(request.version, "version", PRODUCTION),

@@ -6,12 +6,15 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import numpy as np
 import psycopg
 import pytest
+from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 from services.trainer.__main__ import Trainer
@@ -51,6 +54,31 @@ def columns_of(histories: list[list[int]], kind: int = VIEW) -> EventColumns:
         order_E=np.zeros(len(user_E), np.int64),
         item_ids=[f"item-{index}" for index in range(item_count)],
     )
+
+
+CATALOGUE_ITEMS = 40
+
+
+class Catalogue(catalog_service_pb2_grpc.CatalogServiceServicer):
+    """A catalogue of `item-0` to `item-<CATALOGUE_ITEMS>`, the last of which nobody ever touched."""
+
+    def ListItems(self, request, context):  # type: ignore[no-untyped-def]
+        return catalog_service_pb2.ListItemsResponse(
+            items=[
+                item_pb2.Item(item_id=f"item-{index}", category_path=["shelf"])
+                for index in range(CATALOGUE_ITEMS + 1)
+            ]
+        )
+
+
+@pytest.fixture
+def catalogue_address() -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    catalog_service_pb2_grpc.add_CatalogServiceServicer_to_server(Catalogue(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(0)
 
 
 @pytest.fixture

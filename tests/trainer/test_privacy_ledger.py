@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 
 import psycopg
 import pytest
@@ -44,6 +40,15 @@ def count(database: Database) -> int:
         row = connection.execute("SELECT count(*) FROM privacy_charges").fetchone()
     assert row is not None
     return int(row[0])
+
+
+def turn_back(database: Database, age: timedelta) -> None:
+    """Makes every charge so much older."""
+    with database.connect() as connection:
+        # The only way to a past: before the rule was there.
+        connection.execute("ALTER TABLE privacy_charges DISABLE TRIGGER append_only")
+        connection.execute("GRANT UPDATE ON privacy_charges TO shopkeeper_trainer")
+        connection.execute("UPDATE privacy_charges SET charged_at = charged_at - %s", (age,))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +112,7 @@ def test_each_attempt_of_a_run_is_charged_and_no_attempt_twice(database: Databas
 def test_a_charge_of_more_than_a_year_ago_no_longer_counts(database: Database) -> None:
     ledger = ledger_of(database, 1.2)
     ledger.charge(charge_of_one("a"))
-    with database.connect() as connection:
-        # The only way to a past: before the rule was there.
-        connection.execute("ALTER TABLE privacy_charges DISABLE TRIGGER append_only")
-        connection.execute("GRANT UPDATE ON privacy_charges TO shopkeeper_trainer")
-        connection.execute(
-            "UPDATE privacy_charges SET charged_at = charged_at - interval '365 days 1 minute'"
-        )
+    turn_back(database, timedelta(days=365, minutes=1))
     assert ledger.budget("main").epsilon_spent == 0
     ledger.charge(charge_of_one("b"))
     assert [charge.run_id for charge in ledger.budget("main").charges] == ["b", "a"]
@@ -143,30 +142,44 @@ def test_charges_at_the_same_time_do_not_overspend_together(database: Database) 
     assert ledger.budget("main").epsilon_spent <= 2.0
 
 
-def test_a_process_that_is_killed_right_after_its_charge_stays_charged(
-    database: Database, database_url: str
-) -> None:
-    program = textwrap.dedent(
-        """
-        import sys, time
-        from services.trainer.privacy.accounting import epsilon_of_ledger
-        from services.trainer.privacy.ledger import PostgresPrivacyLedger
-        from services.trainer.domain.privacy import GaussianRelease, PrivacyCharge
-        from shared.database import Database
-        ledger = PostgresPrivacyLedger(Database(sys.argv[1], schema="trainer"), 10.0, 1e-5, epsilon_of_ledger)
-        ledger.charge(PrivacyCharge("killed", 1, "main", 1.0, 1e-6, "COUNTS", (GaussianRelease(4.5),)))
-        print("charged", flush=True)
-        time.sleep(600)
-        """
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, database_url], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "charged\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert [charge.run_id for charge in ledger_of(database, 10).budget("main").charges] == ["killed"]
+def test_a_refusal_says_what_is_left_and_when_the_budget_returns(database: Database) -> None:
+    ledger = ledger_of(database, 1.5)
+    ledger.charge(charge_of_one("a"))
+    charged_at = ledger.budget("main").charges[0].charged_at
+    assert charged_at is not None
+    with pytest.raises(FailedPrecondition) as refused:
+        ledger.charge(charge_of_one("b"))
+    left = 1.5 - ledger.budget("main").epsilon_spent
+    assert float(refused.value.metadata["epsilonLeft"]) == pytest.approx(left, abs=1e-5)
+    fits_at = datetime.fromisoformat(refused.value.metadata["fitsAt"])
+    assert timedelta(0) <= fits_at - charged_at - timedelta(days=365) <= timedelta(seconds=1)
+    assert refused.value.metadata["fitsAt"] in refused.value.message
+    # Once the year has turned it does fit.
+    turn_back(database, fits_at - datetime.now(UTC) + timedelta(seconds=1))
+    ledger.charge(charge_of_one("b"))
+    assert count(database) == 2
+
+
+def test_a_refusal_names_the_last_charge_that_must_go_before_this_one_fits(database: Database) -> None:
+    ledger = ledger_of(database, 2.0)
+    ledger.charge(charge_of_one("a"))
+    turn_back(database, timedelta(days=100))
+    ledger.charge(charge_of_one("b"))
+    wish = PrivacyCharge("c", 1, "main", 1.9, 1e-6, "COUNTS", (noise_for(1.9, 1e-6),))
+    with pytest.raises(FailedPrecondition) as refused:
+        ledger.charge(wish)
+    newest = ledger.budget("main").charges[0].charged_at
+    assert newest is not None
+    fits_at = datetime.fromisoformat(refused.value.metadata["fitsAt"])
+    assert abs(fits_at - newest - timedelta(days=365)) <= timedelta(seconds=1)
+
+
+def test_a_wish_beyond_the_limit_itself_is_told_that_waiting_is_no_use(database: Database) -> None:
+    ledger = ledger_of(database, 0.5)
+    with pytest.raises(FailedPrecondition, match="ask for less") as refused:
+        ledger.charge(charge_of_one("a"))
+    assert refused.value.metadata["fitsAt"] == ""
+    assert count(database) == 0
 
 
 def test_a_year_of_releases_costs_less_than_their_sum_and_more_than_one(database: Database) -> None:

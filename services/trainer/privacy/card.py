@@ -11,7 +11,7 @@ from services.trainer.privacy.measuring import NoisyMeasures
 from shared.ranking_metrics import Interval
 
 _WHERE = {
-    "COUNTS": "Noisy counts of what follows what, from contributions of bounded norm",
+    "COUNTS": "Noisy counts of what follows what, from contributions of bounded norm, over likeness by the catalogue",
     "GRADIENTS": "A causal Transformer trained on clipped, noisy gradients (DP-Adam)",
 }
 
@@ -51,9 +51,17 @@ def write_private_card(
         f"| steps | {promise['steps']} |",
         f"| clipping norm | {promise['clip_norm']:g} |",
         "",
-        "It covers every file of this version: items are those of the catalogue, popularity and the numbers below carry "
-        "noise, and no weight was chosen on anybody's data. It does not cover other versions: the ledger "
-        "(GetPrivacyBudget) adds those up.",
+        "**Covered**: every file of this version. Items and attributes are those of the catalogue; co-occurrence, "
+        "popularity, also the one that serves those without a history, and the numbers below carry noise. What weight "
+        "likeness by the catalogue has was chosen with noise, on people of their own; every other hyper-parameter is a "
+        "public constant. One person's share is clipped to the norm above before anything is added up. The mechanism was "
+        "chosen by the caller, who needs no data for that.",
+        "",
+        "**Not covered**: other versions (the ledger, GetPrivacyBudget, adds those up), versions trained without privacy, "
+        "the live histories from which recommendations are made, and counts by a catalogue that itself tells of people, "
+        "such as made-to-order items. Nothing was compared with a version in service. When the run took place and how "
+        "long it took is seen by whoever may list runs. Noise is of double precision, rounded for counts to 2^-20 of the "
+        "clipping norm; for gradients it is not discrete (Mironov, 2012).",
         "",
         "## Gate",
         "",

@@ -32,6 +32,7 @@ GRID = 1 << 20
 # Rounding of the floats before the floor must not lift a norm above its bound.
 _SAFETY = 1.0 - 1e-9
 _CHUNK_USERS = 20_000
+_LEAST_MERGED = 2_000_000
 _LAG_BITS = 9
 
 
@@ -84,15 +85,18 @@ def sum_shares(histories: Histories, clip_norm: float, window: int = WINDOW) -> 
     pairs: list[Int64] = [np.zeros(0, np.int64)]
     weights: list[Int64] = [np.zeros(0, np.int64)]
     popularity_I = np.zeros(histories.item_count, np.int64)
+    waiting = 0
     for _user_N, pair_N, weight_N, item_P, count_P in shares_of_people(histories, clip_norm, window):
-        order = np.argsort(pair_N, kind="stable")
-        merged = _merge(
-            np.concatenate([pairs[0], pair_N[order]]), np.concatenate([weights[0], weight_N[order]])
-        )
-        pairs[0], weights[0] = merged
+        pairs.append(pair_N)
+        weights.append(weight_N)
+        waiting += len(pair_N)
+        # As much as what is summed already, or more: each pair is sorted a logarithmic number of times.
+        if waiting > max(len(pairs[0]), _LEAST_MERGED):
+            merged = _merge(np.concatenate(pairs), np.concatenate(weights))
+            pairs, weights, waiting = [merged[0]], [merged[1]], 0
         # Not bincount's own weights: floats, whose sums are not exact.
         np.add.at(popularity_I, item_P, count_P)
-    return Shares(pairs[0], weights[0], popularity_I)
+    return Shares(*_merge(np.concatenate(pairs), np.concatenate(weights)), popularity_I)
 
 
 def shares_of_people(

@@ -6,33 +6,40 @@
 
 Every cell gets noise, also the empty ones, for which it is drawn only where it passes the threshold: the same
 distribution at the cost of what is kept. T lets half a false neighbour an item through, and depends on the
-catalogue's size and the noise alone. All that follows is computed from S~, and costs no privacy.
+catalogue's size and the noise alone. All that follows is computed from S~ and the catalogue, and costs no privacy:
+
+    score_i = .5 log p_i + 2 log(1 + c_i) + w sim(history, i)
+
+with c of C~, p and sim of `backoff`, and w of `choosing`. With so much noise that nothing passes T, likeness by the catalogue and the
+popularity of groups still serve.
 
 I = items, N = entries, D = dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse.linalg
 from scipy.special import ndtr, ndtri
 
+from services.trainer.pipeline.dataset import ItemAttributes
+from services.trainer.pipeline.evaluation import Contestants
+from services.trainer.privacy.backoff import groups_of, likeness_factors, shrunk
 from services.trainer.privacy.contributions import GRID, POPULARITY_SHARE, Shares
 from services.trainer.privacy.randomness import SecureRandom
 from shared.bundle.manifest import ScoringParameters
-from shared.bundle.scoring import CooccurrenceMatrix
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 FALSE_NEIGHBOURS_AN_ITEM = 0.5
-# Weights are scaled to a median of 1, so that the companion's own scale is 1.
-SCORING = ScoringParameters(lambda_=1.0, scale=1.0, query_decay=0.6065, window=24)
-# Enough to order what co-occurrence does not know, and for people without a history.
-POPULARITY_WEIGHT = 0.05
+# Public constants. Weights are scaled to a median of 1, so that the companion's own scale is 1.
+SCORING = ScoringParameters(lambda_=2.0, scale=1.0, query_decay=0.6065, window=24)
+POPULARITY_WEIGHT = 0.5
 DIMENSION = 16
 # For likeness between items, not for scores: too small to move any.
 _VECTOR_SIZE = 1e-3
@@ -113,9 +120,32 @@ def cooccurrence_of(counts: NoisyCounts) -> CooccurrenceMatrix:
     return CooccurrenceMatrix(indptr_I1, column_N.astype(np.int32), divided_N.astype(np.float32))
 
 
-def popularity_of(counts: NoisyCounts) -> Float32:
-    """Returns about how many people took each item, at least 0, (I,)."""
-    return (np.maximum(counts.popularity_I, 0) / (GRID * np.sqrt(POPULARITY_SHARE))).astype(np.float32)
+def popularity_of(counts: NoisyCounts, group_I: Int64) -> Float32:
+    """Returns p of each item, (I,), above 0: about how many people took it, each counting less the more they took."""
+    unit = GRID * np.sqrt(POPULARITY_SHARE)
+    return shrunk(counts.popularity_I / unit, counts.noise / unit, group_I).astype(np.float32)
+
+
+def contestants_of(counts: NoisyCounts, attributes: ItemAttributes) -> Contestants:
+    """Returns what serves, from the noisy counts and the catalogue alone, with likeness at a weight of 1."""
+    matrix, popularity_I = cooccurrence_of(counts), popularity_of(counts, groups_of(attributes))
+    bias_I = (POPULARITY_WEIGHT * np.log(popularity_I)).astype(np.float32)
+    queries_IR, keys_IR = likeness_factors(attributes) or (None, None)
+    companion = Companion(SCORING, matrix, None, queries_IR, keys_IR)
+    return Contestants(vectors_of(matrix), bias_I, companion, popularity_I, popularity_I)
+
+
+def with_likeness(contestants: Contestants, weight: float) -> Contestants:
+    """Returns what serves with likeness at that weight."""
+    companion = contestants.companion
+    if companion.attribute_queries_IR is None:
+        return contestants
+    queries_IR = np.float32(weight) * companion.attribute_queries_IR if weight else None
+    keys_IR = companion.attribute_keys_IR if weight else None
+    return replace(
+        contestants,
+        companion=replace(companion, attribute_queries_IR=queries_IR, attribute_keys_IR=keys_IR),
+    )
 
 
 def vectors_of(matrix: CooccurrenceMatrix) -> Float32:

@@ -214,13 +214,22 @@ def train_gradients(
     expected_people: float,
     size: HyperParameters = SIZE,
     on_step: Callable[[int], None] = lambda _step: None,
+    noise: float | None = None,
+    trainer_type: type[PrivateTrainer] = PrivateTrainer,
 ) -> SequenceModel:
-    """Returns the trained model. `expected_people` is the public U_0; a noise multiplier of 0 is for controls."""
+    """Returns the trained model.
+
+    Args:
+        trainer_type: what takes the steps; an audit looks on with one of its own.
+        expected_people: the public U_0.
+        noise: in place of the release's noise multiplier, for controls and comparisons alone; 0 adds none.
+    """
     attributes = encode_attributes(training.item_ids, attributes_of)
     model = SequenceModel(training.item_count, attributes, size, seed=0)
-    trainer = PrivateTrainer(
-        model, clip_norm, release.noise_multiplier, release.sampling_rate * expected_people, random
-    )
+    trainer = trainer_type(
+        model, clip_norm, release.noise_multiplier if noise is None else noise,
+        release.sampling_rate * expected_people, random,
+    )  # fmt: skip
     # The negatives are of the catalogue and of nobody: a public seed will do.
     public = np.random.default_rng(0)
     for step in range(release.steps):
@@ -246,6 +255,16 @@ def losses(model: SequenceModel, people: Histories) -> npt.NDArray[np.float64]:
         partition_B = largest_B + np.log(np.exp(logits_BI - largest_B[:, None]).sum(axis=1))
         total_U[held.user_B] += partition_B - logits_BI[np.arange(len(held)), held.target_B]
     return total_U / np.maximum(np.minimum(people.length_U, longest) - 1, 1)
+
+
+def contestants_of(model: SequenceModel) -> Contestants:
+    """Returns the Transformer alone, as it serves."""
+    items = model.item_count
+    nothing = CooccurrenceMatrix(
+        np.zeros(items + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    )
+    zeros = np.zeros(items, np.float32)
+    return Contestants(model.item_vectors(), zeros, Companion(ScoringParameters(0.0), nothing), zeros, zeros)
 
 
 def serve_gradients(
@@ -275,21 +294,16 @@ def serve_gradients(
         1 / release.sampling_rate,
         on_step=on_step,
     )
-    items = training.item_count
-    nothing = CooccurrenceMatrix(
-        np.zeros(items + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
-    )
     encoder_bytes = convert(model.encoder)
     probe = _catalogue_walks(training, model.size.max_history)
     parity, milliseconds = measure_parity(model, encoder_bytes, probe, hold_out(probe, 1, False))
-    zeros = np.zeros(items, np.float32)
     hyper_parameters: dict[str, Any] = {
         "mechanism": GRADIENTS, "clip_norm": private.clip_norm, "dimension": model.size.dimension,
         "max_history": model.size.max_history, "negatives": model.size.negatives,
         "learning_rate": model.size.learning_rate,
     }  # fmt: skip
     return Served(
-        Contestants(model.item_vectors(), zeros, Companion(ScoringParameters(0.0), nothing), zeros, zeros),
+        contestants_of(model),
         encoder_bytes,
         model.size.max_history,
         parity,

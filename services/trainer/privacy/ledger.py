@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -48,15 +49,7 @@ class PostgresPrivacyLedger:
             year = self._of_last_year(connection)
             spent = self._compose([*year, charge], self._delta)
             if spent > self._epsilon_limit:
-                before = self._compose(year, self._delta)
-                left = max(self._epsilon_limit - before, 0.0)
-                raise FailedPrecondition(
-                    "PRIVACY_BUDGET_EXHAUSTED",
-                    f"Epsilon {charge.epsilon:g} more would make {spent:.3g} in 365 days, of at most "
-                    f"{self._epsilon_limit:g} (delta {self._delta:g}); {left:.3g} is left. Ask for less, or wait until "
-                    "older charges are a year old.",
-                    {"model": charge.model, "epsilonLeft": f"{left:.6g}"},
-                )
+                raise self._refusal(year, charge, spent)
             connection.execute(
                 "INSERT INTO privacy_charges (run_id, attempt, model, epsilon, delta, mechanism, releases) "
                 "VALUES (%s, %s, %s, %s, %s, %s, %s)",
@@ -71,6 +64,34 @@ class PostgresPrivacyLedger:
                 ),
             )
         return PrivacyBudget(self._epsilon_limit, spent, self._delta, [*year, charge])
+
+    def _refusal(
+        self, year: Sequence[PrivacyCharge], charge: PrivacyCharge, spent: float
+    ) -> FailedPrecondition:
+        left = max(self._epsilon_limit - self._compose(year, self._delta), 0.0)
+        fits_at = self._fits_at(year, charge)
+        remedy = (
+            f"Ask for less, or ask again after {fits_at}, when older charges are a year old."
+            if fits_at
+            else "It would not fit into an empty year either: ask for less."
+        )
+        return FailedPrecondition(
+            "PRIVACY_BUDGET_EXHAUSTED",
+            f"Epsilon {charge.epsilon:g} more would make {spent:.3g} in 365 days, of at most {self._epsilon_limit:g} "
+            f"(delta {self._delta:g}); {left:.3g} is left. {remedy}",
+            {"model": charge.model, "epsilonLeft": f"{left:.6g}", "fitsAt": fits_at},
+        )
+
+    def _fits_at(self, year: Sequence[PrivacyCharge], charge: PrivacyCharge) -> str:
+        """Returns from when on the charge would fit, were nothing else charged; empty: never."""
+        for kept in range(len(year) - 1, -1, -1):
+            # Newest first: what goes from the year next is the last that is kept.
+            if self._compose([*year[:kept], charge], self._delta) <= self._epsilon_limit:
+                charged_at = year[kept].charged_at
+                assert charged_at is not None
+                # Up to the second after.
+                return (charged_at + BUDGET_YEAR + timedelta(seconds=1)).isoformat(timespec="seconds")
+        return ""
 
     def budget(self, model: str) -> PrivacyBudget:
         """Returns limit and spending of all models, and the charges of one."""

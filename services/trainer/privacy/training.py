@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.trainer.domain.privacy import ADJACENCY, COUNTS, UNIT, DifferentialPrivacy, GaussianRelease
-from services.trainer.pipeline.dataset import EventColumns, Histories
+from services.trainer.pipeline.dataset import EventColumns, Histories, encode_attributes
 from services.trainer.pipeline.evaluation import Contestants
 from services.trainer.pipeline.gate import (
     ENCODER_LIMIT_MILLISECONDS,
@@ -28,18 +28,17 @@ from services.trainer.pipeline.gate import (
 from services.trainer.pipeline.plan import Plan
 from services.trainer.privacy.accounting import epsilon_of, noise_for
 from services.trainer.privacy.card import write_private_card
+from services.trainer.privacy.choosing import CHOICE_SHARE, choose_weight
 from services.trainer.privacy.contributions import over_catalogue, sum_shares, take_people
 from services.trainer.privacy.counts import (
     POPULARITY_WEIGHT,
     SCORING,
     add_noise,
-    cooccurrence_of,
-    popularity_of,
-    vectors_of,
+    contestants_of,
+    with_likeness,
 )
 from services.trainer.privacy.measuring import TEST_SHARE, NoisyMeasures, measure, parity_of_sum_encoder
 from services.trainer.privacy.randomness import SecureRandom
-from shared.bundle.scoring import Companion
 from shared.bundle.sum_encoder import build_sum_encoder
 from shared.errors import Cancelled, FailedPrecondition
 from shared.ranking_metrics import Interval
@@ -85,7 +84,8 @@ def plan_releases(
 ) -> tuple[GaussianRelease, GaussianRelease, tuple[GaussianRelease, ...]]:
     """Returns the releases of training and of measuring, and what to charge for both.
 
-    Each may spend all of epsilon, on people of its own, so that (epsilon, delta) holds of both together. The ledger
+    Each may spend all of epsilon, on people of its own, so that (epsilon, delta) holds of both together, and of the
+    choice between them, which takes the noise of training. The ledger
     composes more than (epsilon, delta): for counts the two are one and the same release, and one is charged; for
     gradients they differ, both are charged, and measuring takes three times the noise, to cost little.
     """
@@ -145,13 +145,19 @@ def train_privately(
     charge(charged)
     report("PREPARING", f"Epsilon {private.epsilon:g}, delta {private.delta:g} are charged to the budget.")
     histories = over_catalogue(events, plan.cleaning, catalogue)
-    coin_U = random.coins(histories.user_count, TEST_SHARE)
-    training = take_people(histories, np.flatnonzero(~coin_U))
-    test = take_people(histories, np.flatnonzero(coin_U))
+    part_U = random.uniform(histories.user_count)
+    test = take_people(histories, np.flatnonzero(part_U < TEST_SHARE))
+    # Gradients have nothing to choose, and learn from those who would.
+    choice_share = CHOICE_SHARE if private.mechanism == COUNTS else 0.0
+    choosing_U = (part_U >= TEST_SHARE) & (part_U < TEST_SHARE + choice_share)
+    choosing = take_people(histories, np.flatnonzero(choosing_U))
+    training = take_people(histories, np.flatnonzero(part_U >= TEST_SHARE + choice_share))
     check()
     if private.mechanism == COUNTS:
         report("COUNTING", "Counting what follows what; every pair of the catalogue gets noise.")
-        served = serve_counts(training, private, training_release, random)
+        served = serve_counts(
+            training, choosing, attributes_of, private, training_release, plan.exclude_seen, random
+        )
     else:
         from services.trainer.privacy.gradients import serve_gradients
 
@@ -228,22 +234,36 @@ PROTOCOL = (
 
 
 def serve_counts(
-    training: Histories, private: DifferentialPrivacy, release: GaussianRelease, random: SecureRandom
+    training: Histories,
+    choosing: Histories,
+    attributes_of: Mapping[str, Sequence[str]],
+    private: DifferentialPrivacy,
+    release: GaussianRelease,
+    exclude_seen: bool,
+    random: SecureRandom,
 ) -> Served:
-    """Returns what serves from noisy counts alone."""
-    counts = add_noise(sum_shares(training, private.clip_norm), release.noise_multiplier, random)
-    matrix, popularity_I = cooccurrence_of(counts), popularity_of(counts)
-    vectors_ID = vectors_of(matrix)
+    """Returns what serves from noisy counts and the catalogue; other people choose, with noise, what likeness weighs."""
+    noise = release.noise_multiplier
+    counts = add_noise(sum_shares(training, private.clip_norm), noise, random)
+    unweighted = contestants_of(counts, encode_attributes(training.item_ids, attributes_of))
+    weight = choose_weight(choosing, unweighted, exclude_seen, noise, random)
+    contestants = with_likeness(unweighted, weight)
+    vectors_ID = contestants.item_vectors_ID
     encoder_bytes = build_sum_encoder(_HISTORY, vectors_ID.shape[1])
     parity, milliseconds = parity_of_sum_encoder(encoder_bytes, vectors_ID, _HISTORY)
-    bias_I = (POPULARITY_WEIGHT * np.log1p(popularity_I)).astype(np.float32)
     return Served(
-        Contestants(vectors_ID, bias_I, Companion(SCORING, matrix), popularity_I, popularity_I),
+        contestants,
         encoder_bytes,
         _HISTORY,
         parity,
         milliseconds,
-        {"mechanism": COUNTS, "clip_norm": private.clip_norm, "popularity_weight": POPULARITY_WEIGHT},
+        {
+            "mechanism": COUNTS,
+            "clip_norm": private.clip_norm,
+            "weight_counts": SCORING.lambda_,
+            "weight_popularity": POPULARITY_WEIGHT,
+            "weight_similarity": weight,
+        },
     )
 
 

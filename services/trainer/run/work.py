@@ -45,9 +45,10 @@ class Work:
     def report(self, stage: str, message: str, **fields: Any) -> None:
         """Writes an entry of the run's journal."""
         self.logger.info(message, stage=stage, run_id=self.run.run_id)
-        self.store.append_progress(
-            self.run.run_id, stage, message, peak_resident_bytes=peak_resident_bytes(), **fields
-        )
+        # How much memory a run takes tells how many people there are.
+        private = self.run.config.differential_privacy is not None
+        memory = 0 if private else peak_resident_bytes()
+        self.store.append_progress(self.run.run_id, stage, message, peak_resident_bytes=memory, **fields)
 
     def check(self) -> None:
         """Raises Cancelled where the work is no longer wanted."""

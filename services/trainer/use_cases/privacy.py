@@ -32,3 +32,11 @@ class PrivacyBudgets:
                 {},
                 [FieldViolation("config.differential_privacy", problem)],
             )
+
+    def check_evaluation(self) -> None:
+        """Raises InvalidInput where this shop requires privacy: an evaluation's measures are exact, and charged to nobody."""
+        if self._required:
+            problem = "cannot be evaluated anew here (SHOPKEEPER_PRIVACY_REQUIRED): measures without noise tell of people; its card has private ones."
+            raise InvalidInput(
+                "INVALID_REQUEST", f"version {problem}", {}, [FieldViolation("version", problem)]
+            )

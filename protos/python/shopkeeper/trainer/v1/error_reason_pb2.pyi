@@ -79,7 +79,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PARITY_BROKEN: _ErrorReason.ValueType  # 21
     """Of a run: the encoder converted for serving does not agree with training."""
     ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: _ErrorReason.ValueType  # 22
-    """The privacy budget would be exceeded. Metadata: `model`, `epsilonLeft`."""
+    """The privacy budget would be exceeded. Metadata: `model`, `epsilonLeft`, and
+    `fitsAt`, the RFC 3339 time from which this much fits (empty: never).
+    """
     ERROR_REASON_SCHEDULE_EXISTS: _ErrorReason.ValueType  # 23
     """A schedule has this id already. Metadata: `scheduleId`."""
     ERROR_REASON_SCHEDULE_NOT_FOUND: _ErrorReason.ValueType  # 24
@@ -183,7 +185,9 @@ ERROR_REASON_DIVERGED: ErrorReason.ValueType  # 20
 ERROR_REASON_PARITY_BROKEN: ErrorReason.ValueType  # 21
 """Of a run: the encoder converted for serving does not agree with training."""
 ERROR_REASON_PRIVACY_BUDGET_EXHAUSTED: ErrorReason.ValueType  # 22
-"""The privacy budget would be exceeded. Metadata: `model`, `epsilonLeft`."""
+"""The privacy budget would be exceeded. Metadata: `model`, `epsilonLeft`, and
+`fitsAt`, the RFC 3339 time from which this much fits (empty: never).
+"""
 ERROR_REASON_SCHEDULE_EXISTS: ErrorReason.ValueType  # 23
 """A schedule has this id already. Metadata: `scheduleId`."""
 ERROR_REASON_SCHEDULE_NOT_FOUND: ErrorReason.ValueType  # 24
