@@ -143,13 +143,13 @@ def test_charges_at_the_same_time_do_not_overspend_together(database: Database) 
 
 
 def test_a_refusal_says_what_is_left_and_when_the_budget_returns(database: Database) -> None:
-    ledger = ledger_of(database, 1.5)
+    ledger = ledger_of(database, 1.2)
     ledger.charge(charge_of_one("a"))
     charged_at = ledger.budget("main").charges[0].charged_at
     assert charged_at is not None
     with pytest.raises(FailedPrecondition) as refused:
         ledger.charge(charge_of_one("b"))
-    left = 1.5 - ledger.budget("main").epsilon_spent
+    left = 1.2 - ledger.budget("main").epsilon_spent
     assert float(refused.value.metadata["epsilonLeft"]) == pytest.approx(left, abs=1e-5)
     fits_at = datetime.fromisoformat(refused.value.metadata["fitsAt"])
     assert timedelta(0) <= fits_at - charged_at - timedelta(days=365) <= timedelta(seconds=1)

@@ -67,6 +67,6 @@ def likeness_factors(attributes: ItemAttributes) -> tuple[Float32, Float32] | No
     terms = AttributeTerms(attributes, scipy.sparse.csr_matrix((items, items)))
     rank = max(_MAX_CELLS // items, 1)
     if attributes.attribute_count > rank:
-        return terms.factors(1.0, 0.0, rank)
+        return terms.factors(1.0, 0.0, 0.0, rank)
     keys_IR = np.asarray(terms.x_IA.todense(), np.float32)
     return keys_IR, keys_IR
