@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -180,6 +185,32 @@ def test_a_wish_beyond_the_limit_itself_is_told_that_waiting_is_no_use(database:
         ledger.charge(charge_of_one("a"))
     assert refused.value.metadata["fitsAt"] == ""
     assert count(database) == 0
+
+
+def test_a_process_that_is_killed_right_after_its_charge_stays_charged(
+    database: Database, database_url: str
+) -> None:
+    program = textwrap.dedent(
+        """
+        import sys, time
+        from services.trainer.privacy.accounting import epsilon_of_ledger
+        from services.trainer.privacy.ledger import PostgresPrivacyLedger
+        from services.trainer.domain.privacy import GaussianRelease, PrivacyCharge
+        from shared.database import Database
+        ledger = PostgresPrivacyLedger(Database(sys.argv[1], schema="trainer"), 10.0, 1e-5, epsilon_of_ledger)
+        ledger.charge(PrivacyCharge("killed", 1, "main", 1.0, 1e-6, "COUNTS", (GaussianRelease(4.5),)))
+        print("charged", flush=True)
+        time.sleep(600)
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, database_url], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "charged\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [charge.run_id for charge in ledger_of(database, 10).budget("main").charges] == ["killed"]
 
 
 def test_a_year_of_releases_costs_less_than_their_sum_and_more_than_one(database: Database) -> None:

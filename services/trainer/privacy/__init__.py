@@ -11,5 +11,5 @@ measuring      noisy measures on people whom training never read
 randomness     noise and coins from the operating system's generator
 training       a private run, from events to everything that a version is made of
 card           the model card of a private version
-audit          canaries: what an attacker can prove (gradients_audit: who looks on at each step)
+audit          canaries: what an attacker can prove
 """
