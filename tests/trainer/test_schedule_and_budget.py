@@ -109,3 +109,89 @@ def test_large_holds_more_than_a_hundred_million_weights_beside_its_tables_and_i
     weights = sum(int(np.prod(variable.shape)) for variable in model.dense)
     assert matrices(narrow) < weights < 1.2 * matrices(narrow)
     assert matrices(large) > 100e6
+
+
+def tiny_training(clock: Clock, seconds: float):  # type: ignore[no-untyped-def]
+    """Returns a model, histories and a budget of 20 passes, of which every second is measured."""
+    import numpy as np
+
+    from services.trainer.pipeline.dataset import Cleaning, ItemAttributes, clean
+    from services.trainer.pipeline.sequence_model import SequenceModel
+    from tests.trainer.conftest import columns_of, walk
+
+    size = resolve("tiny", {"max_epochs": 20, "negatives": 8, "patience": 100})
+    histories = clean(columns_of(walk(users=40, items=30)), Cleaning())
+    attributes = ItemAttributes(np.zeros((histories.item_count, 0), np.int32), 0)
+    budget = Budget(seconds, 0, clock)
+    budget.resume()
+    return SequenceModel(histories.item_count, attributes, size, seed=0), histories, budget
+
+
+@pytest.mark.parametrize(
+    "out_of_time", ["before_the_first_step", "after_an_unmeasured_pass", "while_measuring"]
+)
+def test_every_pass_that_is_reported_made_steps_and_the_last_is_measured_whenever_time_runs_out(
+    out_of_time: str,
+) -> None:
+    import numpy as np
+
+    from services.trainer.pipeline.training import EpochReport, PassCurve, train
+
+    clock = Clock()
+    model, histories, budget = tiny_training(clock, 100.0)
+    told: list[EpochReport] = []
+    curves: list[tuple[int, PassCurve]] = []
+    if out_of_time == "before_the_first_step":
+        clock.seconds = 1000.0
+
+    def validate() -> float:
+        if out_of_time == "while_measuring":
+            clock.seconds = 1000.0
+        return 0.5
+
+    def on_epoch(report: EpochReport) -> None:
+        told.append(report)
+        if out_of_time == "after_an_unmeasured_pass":
+            clock.seconds = 1000.0
+
+    _, reports = train(
+        model,
+        histories,
+        validate,
+        on_epoch,
+        budget,
+        on_curve=lambda step, curve: curves.append((step, curve)),
+    )
+
+    assert reports == told
+    a_pass = reports[0].steps_per_epoch
+    assert a_pass > 1
+    # A pass for which there is no time is not begun, or makes the one step that lets it be measured.
+    assert [report.step for report in reports] == {
+        "before_the_first_step": [1],
+        "after_an_unmeasured_pass": [a_pass, a_pass + 1],
+        "while_measuring": [a_pass, 2 * a_pass],
+    }[out_of_time]
+    assert all(report.loss > 0 for report in reports)
+    assert reports[-1].validation_ndcg == 0.5
+    assert [step for step, _ in curves] == [report.step for report in reports]
+    assert sum(len(curve.loss_S) for _, curve in curves) == reports[-1].step
+    for (_, curve), report in zip(curves, reports, strict=True):
+        assert curve.loss_S.min() <= report.loss <= curve.loss_S.max()
+        assert np.all(curve.rate_S > 0)
+
+
+def test_a_refit_whose_time_is_over_before_its_first_step_has_made_no_pass() -> None:
+    import numpy as np
+
+    from services.trainer.pipeline.training import refit
+
+    model, histories, _ = tiny_training(Clock(), 1.0)
+    told: list[float] = []
+    asked = iter([False, True])
+    passes = refit(
+        model, histories, 3, np.random.default_rng(0), lambda: next(asked, True),
+        lambda _made, loss: told.append(loss),
+    )  # fmt: skip
+    assert (passes, told) == (0, [])
+    assert model.step_count.numpy() == 0

@@ -48,6 +48,20 @@ class EpochReport:
     steps_per_epoch: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PassCurve:
+    """How the steps of a pass went.
+
+    Attributes:
+        loss: mean over the tokens with a target, nats.
+        loss_S, rate_S: mean loss and learning rate of each step.
+    """
+
+    loss: float
+    loss_S: npt.NDArray[np.float64]
+    rate_S: npt.NDArray[np.float64]
+
+
 class PassRunner:
     """Makes steps over packed histories, pass after pass."""
 
@@ -74,8 +88,10 @@ class PassRunner:
         size = self._model.size
         return pack_for_training(self._histories, size.max_history, self._generator, size.targets)
 
-    def run(self, before_step: Callable[[], float | None], after_step: Callable[[], None]) -> float:
-        """Makes one pass and returns the mean loss.
+    def run(
+        self, before_step: Callable[[], float | None], after_step: Callable[[], None]
+    ) -> PassCurve | None:
+        """Makes one pass and returns how it went, None where it ended before its first step.
 
         Args:
             before_step: returns the learning rate of the next step, None to end the pass.
@@ -89,11 +105,13 @@ class PassRunner:
         order = self._generator.permutation(len(packed.item_RT))
         negatives = 0 if model.full_softmax else model.size.negatives
         losses: list[tuple[tf.Tensor, tf.Tensor]] = []
+        rates: list[float] = []
         for first in range(0, len(order), rows):
             rate = before_step()
             if rate is None:
                 break
             model.learning_rate.assign(rate)
+            rates.append(rate)
             taken = order[first : first + rows]
             negative_N = self._generator.integers(0, model.item_count, negatives, dtype=np.int32)
             losses.append(
@@ -106,13 +124,15 @@ class PassRunner:
                 )
             )
             after_step()
-        weight = sum(float(weight) for _, weight in losses)
-        mean = sum(float(loss) for loss, _ in losses) / max(weight, 1e-9)
+        if not losses:
+            return None
+        loss_S2 = np.array([(float(loss), float(weight)) for loss, weight in losses])
+        mean = float(loss_S2[:, 0].sum() / max(loss_S2[:, 1].sum(), 1e-9))
         if not np.isfinite(mean):
             raise FailedPrecondition(
                 "DIVERGED", "The loss is no longer a number; lower the learning rate.", {}
             )
-        return mean
+        return PassCurve(mean, loss_S2[:, 0] / np.maximum(loss_S2[:, 1], 1e-9), np.array(rates))
 
 
 def train(
@@ -124,6 +144,7 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     on_step: Callable[[int, int], None] = lambda _done, _all: None,
     checkpoints: Checkpoints | None = None,
+    on_curve: Callable[[int, PassCurve], None] = lambda _step, _curve: None,
 ) -> tuple[int, list[EpochReport]]:
     """Trains along the schedule, as long as validation improves; leaves the best averaged weights in the model.
 
@@ -132,10 +153,12 @@ def train(
         histories: of training events alone.
         validate: returns NDCG@10 of the model as it is; called some ten times.
         on_epoch: is told of each pass.
-        budget: of the time; the schedule is shortened to it once the first steps tell what a step takes.
+        budget: of the time; the schedule is shortened to it once the first steps tell what a step takes. A pass
+            that has begun makes one step at least, and none is begun where time ran out since the last was measured.
         should_stop: ends training early, for a caller who gave up.
         on_step: is told (steps made, steps in all).
         checkpoints: where to go on from, and where to note whole passes.
+        on_curve: is told (steps made by the end of a pass, how its steps went).
 
     Returns:
         The best pass, 1-based, and the reports of all.
@@ -147,7 +170,7 @@ def train(
     best, best_epoch = -1.0, 0
     best_weights: list[npt.NDArray[np.float32]] = []
     reports: list[EpochReport] = []
-    epoch = 0
+    epoch = made_before_pass = 0
     if checkpoints is not None and (state := checkpoints.load()) is not None:
         model.restore(state.weights)
         best_weights = list(state.best_weights)
@@ -167,7 +190,8 @@ def train(
             affordable = budget.affordable_steps((budget.spent - probed_at) / (_PROBE_TO - _PROBE_FROM))
             if affordable is not None:
                 schedule = schedule.shortened(made + max(affordable, 1))
-        if made >= schedule.steps or should_stop() or budget.fitting_must_end():
+        out_of_time = made > made_before_pass and budget.fitting_must_end()
+        if made >= schedule.steps or should_stop() or out_of_time:
             return None
         return size.learning_rate * schedule.rate(made)
 
@@ -178,9 +202,21 @@ def train(
             model.average((made - 1) // runner.steps_per_pass)
         on_step(made, schedule.steps)
 
-    while made < schedule.steps and not (reports and _has_converged(size, schedule, epoch, best_epoch)):
+    def has_ended() -> bool:
+        if made >= schedule.steps:
+            return True
+        if not reports:
+            return False
+        # Measuring, and noting the pass, take time too.
+        measured = np.isfinite(reports[-1].validation_ndcg)
+        return _has_converged(size, schedule, epoch, best_epoch) or (measured and budget.fitting_must_end())
+
+    while not has_ended():
+        made_before_pass = made
+        curve = runner.run(before_step, after_step)
+        if curve is None:
+            break
         epoch += 1
-        loss = runner.run(before_step, after_step)
         last = made >= schedule.steps or should_stop() or budget.fitting_must_end()
         score = float("nan")
         if last or epoch % -(-schedule.passes // _VALIDATIONS) == 0:
@@ -191,7 +227,8 @@ def train(
                     best, best_epoch, best_weights = score, epoch, []
                     best_weights = model.weights()
         step = int(model.step_count.numpy())
-        reports.append(EpochReport(epoch, step, loss, score, budget.spent, runner.steps_per_pass))
+        on_curve(step, curve)
+        reports.append(EpochReport(epoch, step, curve.loss, score, budget.spent, runner.steps_per_pass))
         on_epoch(reports[-1])
         # A pass that was cut short is not noted: an uninterrupted training would not have stood there.
         if checkpoints is not None and not should_stop():
@@ -230,7 +267,7 @@ def refit(
     must_end: Callable[[], bool],
     on_pass: Callable[[int, float], None],
 ) -> int:
-    """Makes passes with more events at small, falling rates, averaged as in training; returns those begun.
+    """Makes passes with more events at small, falling rates, averaged as in training; returns those that made a step.
 
     Args:
         model: trained; is refitted in place.
@@ -255,8 +292,11 @@ def refit(
     model.start_averages()
     begun = 0
     while begun < passes and not must_end():
+        # Packing takes time too.
+        if (curve := runner.run(before_step, after_step)) is None:
+            break
         begun += 1
-        on_pass(begun, runner.run(before_step, after_step))
+        on_pass(begun, curve.loss)
     model.average(passes)
     with model.averaged():
         weights = model.weights()
