@@ -15,6 +15,8 @@ import pytest
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
+from services.trainer.pipeline.event_log import DIRECTORY
+from services.trainer.settings import directory_of
 from services.trainer.storage import PublishingLease
 from shared.bundle import Bundle, Registry, history_from_events, load_bundle, write_bundle
 from shared.bundle.history import encoder_inputs
@@ -22,6 +24,7 @@ from shared.errors import ShopkeeperError
 from shared.grpc_status import from_rpc_error
 from shared.keys import read_signing_key, read_verifying_key
 from tests.trainer.conftest import eventually, walk
+from tests.trainer.event_files import Events, events_in
 
 State = training_run_pb2.TrainingRun.State
 Stage = training_run_pb2.TrainingRun.Stage
@@ -67,6 +70,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     assert [e.sequence_number for m in resumed for e in m.progress] == list(range(4, len(journal) + 1))
 
     # What was published is measured, judged, promoted, and loads where it serves.
+    curves = events_in(directory_of(tmp_path, run.run_id) / DIRECTORY)
     assert run.promoted
     assert run.gate.verdict == model_pb2.Gate.VERDICT_PASSED
     version = stub.GetModelVersion(pb.GetModelVersionRequest(version="production"))
@@ -79,6 +83,7 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     ladder = {rung.name: {m.name: m for m in rung.metrics} for rung in version.evaluation.ladder}
     assert next(iter(ladder)) == "blend"
     assert ladder["blend"]["ndcg@10"].low > ladder["popularity"]["ndcg@10"].high
+    assert_tells_what_the_card_says(curves, version, passes)
     bundle = load_bundle(
         Registry(tmp_path / "registry").version_path("main", run.version), read_verifying_key(keys_dir)
     )
@@ -138,6 +143,40 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
         lambda: stub.PromoteModel(pb.PromoteModelRequest(version=newest, comment="x", force=True))
     )
     assert damaged.reason == "BUNDLE_DAMAGED"
+
+
+def assert_tells_what_the_card_says(
+    curves: Events, version: model_pb2.ModelVersion, passes: list[training_run_pb2.TrainingProgress]
+) -> None:
+    """The run's events hold its curves, and the numbers and the words that its version makes public."""
+    assert curves.texts == {"card": version.card}
+    by_step = {entry.step: entry.loss for entry in passes}
+    assert {step: pytest.approx(loss) for step, loss in curves.scalars["pass/loss"]} == by_step
+    assert [value for _, value in curves.scalars["pass/validation ndcg@10"]] == pytest.approx(
+        [metric.value for entry in passes for metric in entry.metrics]
+    )
+    steps, losses = zip(*curves.scalars["train/loss"], strict=True)
+    assert steps[-1] == passes[-1].step
+    assert list(steps) == sorted(set(steps))
+    assert len(steps) > len(passes)
+    assert losses[-1] < losses[0]
+    assert len(curves.scalars["train/learning_rate"]) == len(steps)
+    outcome = {name: values[-1][1] for name, values in curves.scalars.items()}
+    told = 0
+    for kind, reports in (("ladder", version.evaluation.ladder), ("slices", version.evaluation.slices)):
+        for report in reports:
+            for metric in report.metrics:
+                assert outcome[f"{kind}/{report.name}/{metric.name}"] == pytest.approx(metric.value)
+                told += 1
+            ndcg = next(metric for metric in report.metrics if metric.name == "ndcg@10")
+            assert outcome[f"{kind}/{report.name}/ndcg@10/low"] == pytest.approx(ndcg.low)
+            assert f"{ndcg.value:.4f} [{ndcg.low:.4f}, {ndcg.high:.4f}]" in version.card
+    assert told > 50
+    assert outcome["gate/passed"] == 1
+    assert {name for name in outcome if name.startswith("gate/checks/")} == {
+        f"gate/checks/{check.name}" for check in version.gate.checks
+    }
+    assert f"by {outcome['gate/lead over popularity']:.4f}, interval" in version.card
 
 
 def republish(registry: Registry, bundle: Bundle, keys_dir: Path, verdict: str) -> str:

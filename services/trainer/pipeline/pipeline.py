@@ -52,6 +52,7 @@ from services.trainer.pipeline.evaluation import (
     rank_by_query,
     sample_rows,
 )
+from services.trainer.pipeline.event_log import Scalars, no_scalars, scalars_of_leads, scalars_of_pass
 from services.trainer.pipeline.gate import judge
 from services.trainer.pipeline.plan import Plan, TrainedModel, split_of
 from services.trainer.pipeline.report import report_of
@@ -105,6 +106,7 @@ def train_model(
     newer_than_microseconds: int | None = None,
     checkpoints: Checkpoints | None = None,
     clock: Callable[[], float] = time.monotonic,
+    scalars: Scalars = no_scalars,
 ) -> TrainedModel:
     """Cleans, splits, trains, measures, judges and exports.
 
@@ -119,6 +121,7 @@ def train_model(
         initial: weights to begin with, in fewer passes; at random without.
         newer_than_microseconds: since 1970; only later events are held out. With `initial`, what that knows.
         checkpoints: of the run; training goes on from there, and notes its passes.
+        scalars: is told the curves of training and refitting, and by how much the blend leads.
 
     Raises:
         FailedPrecondition: TOO_LITTLE_DATA, INITIAL_VERSION_UNFIT, DIVERGED or PARITY_BROKEN.
@@ -221,7 +224,11 @@ def train_model(
         nonlocal told_at
         told_at = time.monotonic()
         rest.steps_per_pass = epoch.steps_per_epoch
-        measured = np.isfinite(epoch.validation_ndcg)
+        measured = bool(np.isfinite(epoch.validation_ndcg))
+        metrics = {"ndcg@10": epoch.validation_ndcg} if measured else {}
+        scalars(
+            epoch.step, {"pass/loss": epoch.loss, **{f"pass/validation {k}": v for k, v in metrics.items()}}
+        )
         found = f", validation NDCG@10 {epoch.validation_ndcg:.4f}" if measured else ""
         report(
             "TRAINING",
@@ -230,14 +237,17 @@ def train_model(
             epoch=epoch.epoch,
             max_epochs=size.max_epochs,
             loss=epoch.loss,
-            metrics={"ndcg@10": epoch.validation_ndcg} if measured else {},
+            metrics=metrics,
             remaining_seconds=rest.while_fitting(),
         )
 
     begun_at = code_version + (f" from {initial.version}" if initial is not None else "")
     if checkpoints is not None:
         checkpoints.belong_to(fingerprint_of(training, attributes, size.to_json(), seed, begun_at))
-    best_epoch, epochs = train(model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints)
+    best_epoch, epochs = train(
+        model, training, validate, on_epoch, budget, should_stop, on_step, checkpoints,
+        lambda step, curve: scalars_of_pass(scalars, step, curve),
+    )  # fmt: skip
     budget.pause()
     check()
     if not plan.refit:
@@ -260,6 +270,7 @@ def train_model(
     def on_refit(what: str, evaluated: bool) -> Callable[[int, float], None]:
         def on_pass(made: int, loss: float) -> None:
             check()
+            scalars(int(model.step_count.numpy()), {"refit/loss": loss})
             report(
                 "REFITTING",
                 f"Pass {made} of {refit_passes} with {what} too.",
@@ -391,6 +402,7 @@ def train_model(
         force=plan.force,
         comparison=comparison,
     )
+    scalars(int(model.step_count.numpy()), scalars_of_leads(measured, comparison))
     check()
     data = describe_data(histories, events, attributes.attribute_count)
     notes = [

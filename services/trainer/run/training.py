@@ -37,6 +37,7 @@ def train(work: Work) -> None:
     size, plan = plan_of(run.config)
     signing_key = read_signing_key(settings.keys_path)
     lease = PublishingLease(work.database, run.model)
+    event_log = work.event_log()
     try:
         _acquire(lease, run, work.heart)
         registry = Registry(settings.registry_path)
@@ -79,8 +80,10 @@ def train(work: Work) -> None:
                 incumbent=incumbent,
                 initial=initial_weights(registry, work, signing_key.public_key()),
                 checkpoints=work.checkpoints(),
+                scalars=event_log.scalars,
             )
             add_second_stage(work, registry, trained, events, attributes, plan, signing_key.public_key())
+        event_log.outcome(trained.manifest_fields, trained.attachments["card.md"].decode())
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
         version = lease.publish(
             run.run_id,
@@ -90,6 +93,7 @@ def train(work: Work) -> None:
         if version is None:
             raise Cancelled("CANCELLED", "The run was cancelled before its version was published.")
     finally:
+        event_log.close()
         lease.close()
 
 

@@ -18,6 +18,7 @@ from services.trainer.pipeline.checkpoint import Checkpoints
 from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import Cleaning, EventColumns
 from services.trainer.pipeline.describing import peak_resident_bytes
+from services.trainer.pipeline.event_log import DIRECTORY, EventLog
 from services.trainer.pipeline.log_reader import LOG_ERRORS, read_events
 from services.trainer.pipeline.log_snapshot import read_through
 from services.trainer.pipeline.plan import Plan
@@ -107,6 +108,13 @@ class Work:
         """Returns the run's checkpoint."""
         return Checkpoints(
             directory_of(self.settings.home, self.run.run_id), lambda words: self.report("TRAINING", words)
+        )
+
+    def event_log(self) -> EventLog:
+        """Returns where the run's curves are written for TensorBoard."""
+        return EventLog(
+            directory_of(self.settings.home, self.run.run_id) / DIRECTORY,
+            lambda words: self.report("TRAINING", words),
         )
 
     def read_item_vectors(self) -> tuple[ContentVectors | None, str]:
