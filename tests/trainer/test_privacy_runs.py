@@ -11,6 +11,8 @@ import pytest
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
+from services.trainer.pipeline.event_log import DIRECTORY
+from services.trainer.settings import directory_of
 from shared.bundle import Registry, cooccurrence_scores, load_bundle
 from shared.grpc_status import from_rpc_error
 from shared.keys import read_verifying_key
@@ -67,6 +69,8 @@ def test_a_private_run_publishes_noisy_numbers_alone_and_is_charged_once(
     assert set(manifest["files"]) == {
         "card.md", "encoder.tflite", "vocabulary.safetensors", "weights.safetensors",
     }  # fmt: skip
+    # Curves are exact.
+    assert not (directory_of(tmp_path, run.run_id) / DIRECTORY).exists()
     bundle = load_bundle(directory, read_verifying_key(keys_dir))
     # Also the item that nobody touched: the items are the catalogue's.
     assert bundle.item_count == ITEMS + 1

@@ -52,7 +52,7 @@ class EventLog:
         self._write(self._last_step, {name: markdown}, "text")
 
     def outcome(self, manifest: Mapping[str, Any], card: str) -> None:
-        """Writes what a run came to, at its last step: nothing that its version does not make public.
+        """Writes what a run came to, at its last step.
 
         Args:
             manifest: fields of the version's manifest.
