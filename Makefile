@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-privacy verify-privacy bench-peers bench-ranker bench-sizes verify-crash verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-privacy verify-privacy bench-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -62,6 +62,9 @@ bench-freshness: $(INSTALLED)  ## How long until what a shopper did changes what
 
 verify-crash: $(INSTALLED)  ## 100,000 events acknowledged by servers that are killed at every step
 	SHOPKEEPER_CRASH_EVENTS=100000 pytest -q -s --timeout 1800 tests/feedback/test_crash_sweep.py
+
+verify-histories: $(INSTALLED)  ## 200 random histories of the log, with crashes, erasures and restores, against a dict
+	SHOPKEEPER_STATE_MACHINE_EXAMPLES=200 pytest -q -s --timeout 1800 tests/feedback/test_state_machine.py
 
 verify-overload: $(INSTALLED)  ## Goodput of the log at twice its capacity, and without admission control
 	python -m tests.benchmarks.bench_overload
