@@ -210,4 +210,4 @@ def test_a_killed_run_goes_on_and_nothing_is_visible_before_its_end(
         assert len(kills_of) < 2 * KILLS + 2
         run_and_kill(KILLS - sum(kills_of.values()))
     assert went_on >= 1
-    print(f"{KILLS} kills of {len(kills_of)} runs; {went_on} went on from a checkpoint.")
+    print(f"{KILLS} kills, runs: {len(kills_of)}; {went_on} times one went on from its checkpoint.")

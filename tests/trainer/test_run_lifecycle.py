@@ -215,6 +215,8 @@ def test_a_new_version_must_beat_the_one_in_service_on_events_that_are_newer_tha
     def train(**fields: object) -> training_run_pb2.TrainingRun:
         config = training_run_pb2.TrainingConfig()
         config.CopyFrom(TINY)
+        # Four runs: the pattern is learned in a few passes.
+        config.overrides.max_epochs = 20
         config.MergeFrom(training_run_pb2.TrainingConfig(**fields))  # type: ignore[arg-type]
         run = stub.CreateTrainingRun(pb.CreateTrainingRunRequest(config=config))
         *_, last = stub.WatchTrainingRun(pb.WatchTrainingRunRequest(run_id=run.run_id), timeout=150)
