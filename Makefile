@@ -104,7 +104,7 @@ bench-privacy: $(INSTALLED)  ## What differential privacy costs in quality, by e
 	@python -m tests.benchmarks.bench_privacy $(if $(PEOPLE),--people $(PEOPLE)) $(if $(BEAUTY),--beauty $(BEAUTY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(filter 1,$(GRADIENTS)),--gradients) --deltas $(or $(DELTAS),1e-6) $(if $(PLOT),--plot $(PLOT))
 
 verify-privacy: $(INSTALLED)  ## Canaries in private releases, kills at every statement of a charge, versions that read private outputs alone
-	SHOPKEEPER_CHARGE_KILLS=all pytest -q -s --timeout 1800 tests/trainer/test_privacy_audit.py tests/trainer/test_privacy_ledger.py tests/trainer/test_privacy_kills.py tests/trainer/test_privacy_outputs.py
+	SHOPKEEPER_AUDIT=all SHOPKEEPER_CHARGE_KILLS=all pytest -q -s --timeout 1800 tests/trainer/test_privacy_audit.py tests/trainer/test_privacy_ledger.py tests/trainer/test_privacy_kills.py tests/trainer/test_privacy_outputs.py
 
 verify-runs: $(INSTALLED)  ## A training run that is killed a dozen times, and ends as if it never had been
 	SHOPKEEPER_RUN_KILLS=12 pytest -q -s --timeout 1800 tests/trainer/test_checkpoints.py

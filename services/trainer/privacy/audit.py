@@ -10,13 +10,13 @@ noise must exceed it, or the attack is too weak to say anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import binom
 
+from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.domain.privacy import GaussianRelease
 from services.trainer.pipeline.dataset import Histories
 from services.trainer.privacy.contributions import sum_shares
@@ -27,6 +27,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 _VIEW = 3
+_NO_CLIPPING = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,27 +105,51 @@ def audit_counts(
 
 def audit_gradients(
     people: Histories,
-    attributes_of: Mapping[str, Sequence[str]],
     canaries: int,
     release: GaussianRelease,
     clip_norm: float,
     delta: float,
     generator: np.random.Generator,
-    train: Callable[..., object],
-    length: int = 6,
+    size: HyperParameters,
+    *,
+    noise: float | None = None,
+    sampling_rate: float | None = None,
+    clipping: bool = True,
+    random: SecureRandom | None = None,
 ) -> Audit:
-    """Attacks the trained Transformer by its loss on each canary's history of random items.
+    """Attacks DP-Adam with all that its accounting lets be seen: the noisy sum of every step.
+
+    A canary took items that nobody else did; its score is the sum over steps of the product of the noisy sum with the
+    direction in which the canary would have pulled the vectors of those (after Nasr et al., 2023, with real gradients).
 
     Args:
-        train: `gradients.train_gradients`, or a stand-in; its answer has `losses(histories)`, see `gradients.losses`.
+        people: leave enough items of the catalogue alone for the canaries.
+        release: what is claimed.
+        noise, sampling_rate, clipping: what is done in truth, for controls: a run that lies must be caught.
+        random: for tests that repeat.
     """
-    canary_ML = np.stack([generator.permutation(people.item_count)[:length] for _ in range(canaries)])
+    from services.trainer.privacy import gradients
+    from services.trainer.privacy.gradients_audit import watching
+
+    length = size.max_history + 1
+    free = np.setdiff1d(np.arange(people.item_count), people.item_E)
+    if len(free) < canaries * length:
+        raise ValueError(f"only {len(free)} items are free for {canaries} canaries of {length}")
+    canary_ML = generator.permutation(free)[: canaries * length].reshape(canaries, length)
     included_M = generator.random(canaries) < 0.5
     with_them = add_people(people, canary_ML[included_M])
-    model = train(with_them, attributes_of, release, clip_norm, SecureRandom(), with_them.user_count)
-    from services.trainer.privacy.gradients import losses
-
-    score_M = -losses(model, add_people(take_none(people), canary_ML))  # type: ignore[arg-type]
+    canary_rows = gradients.rows_of(
+        add_people(take_none(people), canary_ML), np.arange(canaries), size.max_history
+    )
+    trainer_type, score_M = watching(canary_rows)
+    true_noise = release.noise_multiplier if noise is None else noise
+    # Without clipping the noise stays as large as it was.
+    true_clip = clip_norm if clipping else _NO_CLIPPING
+    done = GaussianRelease(release.noise_multiplier, sampling_rate or release.sampling_rate, release.steps)
+    gradients.train_gradients(
+        with_them, {}, done, true_clip, random or SecureRandom(), 1 / release.sampling_rate, size,
+        noise=true_noise * clip_norm / true_clip, trainer_type=trainer_type,
+    )  # fmt: skip
     return judge_guesses(score_M, included_M, canaries // 4, delta)
 
 
