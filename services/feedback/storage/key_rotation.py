@@ -288,6 +288,8 @@ class PostgresKeyRotation:
                 )
             if graves:
                 return True
+            # What was counted under older keys has come again under the new one.
+            connection.execute("DELETE FROM feedback.bot_windows WHERE key_version < %s", (target,))
             connection.execute(
                 "UPDATE feedback.key_rotations SET state = %s, ended_at = now() WHERE rotation_id = %s",
                 (int(KeyRotationState.SUCCEEDED), rotation_id),
