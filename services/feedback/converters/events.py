@@ -2,18 +2,15 @@
 
 Two ways lead to the same columns. `EventReader.read` looks at one message after another and knows every rule.
 `EventReader.read_request` reads the plain events of a large request from its bytes, by columns, and sends the
-others the first way. Values are checked by the range that must hold, so that a NaN, for which no comparison
-holds, is refused by the same line.
+others the first way.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-import unicodedata
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter
@@ -24,7 +21,8 @@ from google.protobuf.message import DecodeError
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 
 from services.feedback.converters import wire_events
-from services.feedback.converters.identities import Door, is_plain_id
+from services.feedback.converters.event_details import DETAILS, DetailReader, Rejected, id_reason, refuse_nul
+from services.feedback.converters.identities import Door
 from services.feedback.domain.event_key import event_key_of_digest, event_key_of_uuid, milliseconds_of
 from services.feedback.domain.events import (
     ConsentBit,
@@ -35,7 +33,6 @@ from services.feedback.domain.events import (
 )
 from shared.errors import FieldViolation, InvalidInput
 from shared.event_kinds import EventKind
-from shared.identity import normalise_item_id
 from shared.tokens import AttributionToken, TokenSigner
 
 MAX_BATCH = 1_000
@@ -43,12 +40,6 @@ MAX_BATCH = 1_000
 LEAST_FOR_COLUMNS = 24
 # Events that one thread reads for others while they wait.
 MOST_AT_ONCE = 2_000
-MAX_LINES = 500
-MAX_TEXT = 20_000
-MAX_QUANTITY = 1e6
-MAX_PRICE_MICROS = 10**15
-MAX_POSITION = 10_000
-MAX_DWELL_SECONDS = 86_400.0
 MAX_TOKEN = 65_536
 _CLOCK_SKEW_US = 5 * 60 * 1_000_000
 _YEAR_2000_US = 946_684_800 * 1_000_000
@@ -58,21 +49,6 @@ _DAY_MS = 86_400_000
 _ADD_TO_CART, _REMOVE_FROM_CART = int(EventKind.ADD_TO_CART), int(EventKind.REMOVE_FROM_CART)
 # Clocks of the replicas that issue and that verify a token differ a little.
 _TOKEN_SKEW_MS = 300_000
-
-
-class _Rejected(Exception):
-    """A row that cannot be stored; the path is relative to the event."""
-
-    def __init__(self, path: str, reason: RowReason, message: str) -> None:
-        super().__init__(path)
-        self.path = path
-        self.reason = reason
-        self.message = message
-
-
-Product = tuple[str | None, float | None, int | None, str | None, float | None]
-"""item_id, quantity, price_micros, currency_code, value."""
-_NO_PRODUCT: Product = (None, None, None, None, None)
 
 
 class EventReader:
@@ -186,21 +162,19 @@ class _Request:
     answer: ReadBatch | BaseException | None = None
 
 
-class _Reading:
+class _Reading(DetailReader):
     """One request, or a few at once. Ids that repeat within them are derived once, and forgotten with them."""
 
     def __init__(self, door: Door, signer: TokenSigner, attribution_max_age_ms: int, now_us: int) -> None:
+        super().__init__()
         self._door = door
         self._signer = signer
         self._attribution_max_age_ms = attribution_max_age_ms
         self._now_us = now_us
         self._keys_of: dict[str, tuple[bytes, bytes]] = {}
         self._session_key_of: dict[str, bytes] = {}
-        self._item_id_of: dict[str, str] = {}
-        self._currency_codes: set[str] = set()
         self._token_of: dict[str, AttributionToken | RowProblem] = {}
         self._sparse: dict[str, dict[int, Any]] = {}
-        self._row_sparse: dict[str, Any] = {}
         self._problems: dict[int, RowProblem] = {}
         self._remarks: dict[int, RowProblem] = {}
 
@@ -319,7 +293,7 @@ class _Reading:
         """Returns the row of an event, or None and notes why not; sparse values are kept under `place`."""
         try:
             row = self._row(event)
-        except _Rejected as problem:
+        except Rejected as problem:
             self._row_sparse = {}
             path = f"events[{index}].{problem.path}" if problem.path else f"events[{index}]"
             self._problems[index] = RowProblem(path, problem.reason, problem.message)
@@ -337,7 +311,7 @@ class _Reading:
     def _row(self, event: event_pb2.Event) -> tuple[Any, ...]:
         kind_name = event.WhichOneof("detail")
         if kind_name is None:
-            raise _Rejected(
+            raise Rejected(
                 "detail",
                 RowReason.UNKNOWN_KIND,
                 "None of the details of this contract is set; set exactly one, or upgrade the service.",
@@ -353,11 +327,11 @@ class _Reading:
         elif event_key is not None:
             occurred_at_us = milliseconds_of(event_key) * 1_000
             if occurred_at_us // 1_000_000 > _LAST_SECOND:
-                raise _Rejected("event_id", RowReason.OUT_OF_RANGE, "Its time lies beyond the year 9999.")
+                raise Rejected("event_id", RowReason.OUT_OF_RANGE, "Its time lies beyond the year 9999.")
         elif not event_id:
-            raise _Rejected("event_id", RowReason.REQUIRED, "Give every event an id, best a UUIDv7.")
+            raise Rejected("event_id", RowReason.REQUIRED, "Give every event an id, best a UUIDv7.")
         else:
-            raise _Rejected(
+            raise Rejected(
                 "occurred_at",
                 RowReason.REQUIRED,
                 "Required, because event_id is no UUIDv7 that tells the time.",
@@ -366,7 +340,7 @@ class _Reading:
             event_key = event_key_of_digest(
                 self._text(event_id, "event_id", 128, required=True), occurred_at_us // 1_000
             )
-        kind, read = _DETAILS[kind_name]
+        kind, read = DETAILS[kind_name]
         product = read(self, getattr(event, kind_name), kind_name)
         session_id = event.session_id
         session_key = None
@@ -382,9 +356,9 @@ class _Reading:
                 session_key = self._session_key_of[session_id] = self._door.session_key(text)
         device, channel = event.device, event.channel
         if not 0 <= device <= 6:
-            raise _Rejected("device", RowReason.OUT_OF_RANGE, "No device of this contract; use DEVICE_OTHER.")
+            raise Rejected("device", RowReason.OUT_OF_RANGE, "No device of this contract; use DEVICE_OTHER.")
         if not 0 <= channel <= 8:
-            raise _Rejected(
+            raise Rejected(
                 "channel", RowReason.OUT_OF_RANGE, "No channel of this contract; leave it unspecified."
             )
         consent = _consent_bits(event.consent) if event.HasField("consent") else 0
@@ -411,17 +385,17 @@ class _Reading:
 
     def _derive_keys(self, user_id: str) -> tuple[bytes, bytes]:
         if not user_id:
-            raise _Rejected("user_id", RowReason.REQUIRED, "Say whose event it is, 1 to 256 characters.")
+            raise Rejected("user_id", RowReason.REQUIRED, "Say whose event it is, 1 to 256 characters.")
         try:
             return self._door.keys_of(user_id)
         except InvalidInput as error:
-            _refuse_nul(user_id, "user_id")
-            raise _Rejected("user_id", _id_reason(user_id), error.message) from None
+            refuse_nul(user_id, "user_id")
+            raise Rejected("user_id", id_reason(user_id), error.message) from None
 
     def _timestamp(self, timestamp: Any) -> int:
         seconds, nanos = timestamp.seconds, timestamp.nanos
         if not (_FIRST_SECOND <= seconds <= _LAST_SECOND and 0 <= nanos < 1_000_000_000):
-            raise _Rejected(
+            raise Rejected(
                 "occurred_at",
                 RowReason.OUT_OF_RANGE,
                 "No time: seconds of the years 1 to 9999, nanos below 1e9.",
@@ -489,258 +463,6 @@ class _Reading:
             )
         return attribution
 
-    # Values
-
-    def _text(self, value: str, path: str, limit: int, *, required: bool = False) -> str:
-        if not value:
-            if required:
-                raise _Rejected(path, RowReason.REQUIRED, f"Required, 1 to {limit} characters.")
-            return value
-        if not value.isascii():
-            # Bounded first: normalising a huge text costs time.
-            if len(value) > 4 * limit:
-                raise _Rejected(path, RowReason.TOO_LONG, f"At most {limit} characters; shorten it.")
-            value = unicodedata.normalize("NFC", value)
-        if len(value) > limit:
-            raise _Rejected(path, RowReason.TOO_LONG, f"At most {limit} characters; shorten it.")
-        _refuse_nul(value, path)
-        return value
-
-    def _item_id(self, value: str, path: str) -> str:
-        if is_plain_id(value):
-            return value
-        item_id = self._item_id_of.get(value)
-        if item_id is None:
-            if not value:
-                raise _Rejected(path, RowReason.REQUIRED, "Say which item, 1 to 256 characters.")
-            _refuse_nul(value, path)
-            try:
-                item_id = self._item_id_of[value] = normalise_item_id(value)
-            except InvalidInput as error:
-                raise _Rejected(path, _id_reason(value), error.message) from None
-        return item_id
-
-    def _optional_item_id(self, value: str, path: str) -> str | None:
-        return self._item_id(value, path) if value else None
-
-    def _quantity(self, value: float, path: str) -> float:
-        if 0 < value <= MAX_QUANTITY:
-            return value
-        if value == 0:
-            return 1.0
-        raise _out_of_range(value, path, "above 0 and at most 1,000,000")
-
-    def _price(self, detail: Any, path: str) -> int | None:
-        if not detail.HasField("price_micros"):
-            return None
-        price: int = detail.price_micros
-        if not 0 <= price <= MAX_PRICE_MICROS:
-            raise _out_of_range(price, f"{path}.price_micros", "in [0, 1e15]")
-        return price
-
-    def _currency(self, code: str, priced: bool, path: str) -> str | None:
-        if priced and code in self._currency_codes:
-            return code
-        path = f"{path}.currency_code"
-        if not code:
-            if priced:
-                raise _Rejected(path, RowReason.REQUIRED, "Required with a price: ISO 4217, such as EUR.")
-            return None
-        if len(code) != 3 or not (code.isascii() and code.isalpha() and code.isupper()):
-            _refuse_nul(code, path)
-            raise _Rejected(path, RowReason.MALFORMED, "Three capital letters of ISO 4217, such as EUR.")
-        if not priced:
-            raise _Rejected(
-                path, RowReason.FORBIDDEN, "Forbidden without a price; drop it, or send the price."
-            )
-        self._currency_codes.add(code)
-        return code
-
-    def _dwell(self, value: float, path: str) -> float | None:
-        if value == 0:
-            return None
-        if 0 < value <= MAX_DWELL_SECONDS:
-            return value
-        raise _out_of_range(value, path, "in [0, 86400] seconds")
-
-    def _stars(self, value: float, path: str) -> float:
-        if 1 <= value <= 5:
-            return value
-        if value == 0:
-            raise _Rejected(path, RowReason.REQUIRED, "Required, in [1, 5].")
-        raise _out_of_range(value, path, "in [1, 5]")
-
-    def _position(self, value: int, path: str) -> int | None:
-        if value == 0:
-            return None
-        if 0 < value <= MAX_POSITION:
-            return value
-        raise _out_of_range(value, path, "in [1, 10000], or 0 when unknown")
-
-    def _attributes(self, **values: Any) -> None:
-        present = {name: value for name, value in values.items() if value not in ("", 0, None)}
-        if present:
-            self._row_sparse["attributes"] = present
-
-    def _lines(self, detail: Any, path: str) -> str | None:
-        lines = detail.lines
-        if not lines:
-            raise _Rejected(f"{path}.lines", RowReason.REQUIRED, "Send at least one line.")
-        if len(lines) > MAX_LINES:
-            raise _Rejected(
-                f"{path}.lines", RowReason.TOO_LONG, f"At most {MAX_LINES} lines; split the order."
-            )
-        items, quantities, prices = [], [], []
-        for number, line in enumerate(lines):
-            line_path = f"{path}.lines[{number}]"
-            items.append(self._item_id(line.item_id, f"{line_path}.item_id"))
-            quantities.append(self._quantity(line.quantity, f"{line_path}.quantity"))
-            prices.append(self._price(line, line_path))
-        currency = self._currency(detail.currency_code, any(price is not None for price in prices), path)
-        self._row_sparse["line_items"] = items
-        self._row_sparse["line_quantities"] = quantities
-        self._row_sparse["line_prices"] = prices
-        return currency
-
-    # Details, by the name of their field
-
-    def search(self, detail: event_pb2.Search, path: str) -> Product:
-        self._row_sparse["text"] = self._text(detail.query, f"{path}.query", 1_024, required=True)
-        if detail.HasField("result_count"):
-            if detail.result_count < 0:
-                raise _out_of_range(detail.result_count, f"{path}.result_count", "at least 0")
-            self._row_sparse["attributes"] = {"result_count": detail.result_count}
-        return _NO_PRODUCT
-
-    def page_view(self, detail: event_pb2.PageView, path: str) -> Product:
-        _known(detail.page_type, 7, f"{path}.page_type", "PAGE_TYPE_OTHER")
-        placement = self._text(detail.placement, f"{path}.placement", 64)
-        category = self._text(detail.category, f"{path}.category", 256)
-        impressions = detail.impressions
-        if len(impressions) > MAX_LINES:
-            raise _Rejected(
-                f"{path}.impressions", RowReason.TOO_LONG, f"At most {MAX_LINES}; split the view."
-            )
-        if impressions:
-            items, positions = [], []
-            for number, impression in enumerate(impressions):
-                item_path = f"{path}.impressions[{number}]"
-                items.append(self._item_id(impression.item_id, f"{item_path}.item_id"))
-                position = self._position(impression.position, f"{item_path}.position")
-                positions.append(number + 1 if position is None else position)
-            self._row_sparse["impression_items"] = items
-            self._row_sparse["impression_positions"] = positions
-        if placement:
-            self._row_sparse["placement"] = placement
-        self._attributes(page_type=detail.page_type, category=category)
-        return (None, None, None, None, self._dwell(detail.dwell_seconds, f"{path}.dwell_seconds"))
-
-    def item_view(self, detail: event_pb2.ItemView, path: str) -> Product:
-        item_id, dwell_seconds = detail.item_id, detail.dwell_seconds
-        price = self._price(detail, path)
-        # Most events of a shop come through here: what is plainly right is not asked twice, nor its path written.
-        return (
-            item_id if is_plain_id(item_id) else self._item_id(item_id, f"{path}.item_id"),
-            None,
-            price,
-            self._currency(detail.currency_code, price is not None, path),
-            dwell_seconds
-            if dwell_seconds > 0 and dwell_seconds <= MAX_DWELL_SECONDS
-            else self._dwell(dwell_seconds, f"{path}.dwell_seconds"),
-        )
-
-    def add_to_cart(self, detail: event_pb2.AddToCart, path: str) -> Product:
-        price = self._price(detail, path)
-        return (
-            self._item_id(detail.item_id, f"{path}.item_id"),
-            self._quantity(detail.quantity, f"{path}.quantity"),
-            price,
-            self._currency(detail.currency_code, price is not None, path),
-            None,
-        )
-
-    def remove_from_cart(self, detail: event_pb2.RemoveFromCart, path: str) -> Product:
-        item_id = self._item_id(detail.item_id, f"{path}.item_id")
-        return (item_id, self._quantity(detail.quantity, f"{path}.quantity"), None, None, None)
-
-    def purchase(self, detail: event_pb2.Purchase, path: str) -> Product:
-        self._attributes(order_id=self._text(detail.order_id, f"{path}.order_id", 128))
-        return (None, None, None, self._lines(detail, path), None)
-
-    def item_return(self, detail: event_pb2.ItemReturn, path: str) -> Product:
-        _known(detail.cause, 6, f"{path}.cause", "RETURN_CAUSE_OTHER")
-        self._attributes(order_id=self._text(detail.order_id, f"{path}.order_id", 128), cause=detail.cause)
-        return (None, None, None, self._lines(detail, path), None)
-
-    def rating(self, detail: event_pb2.Rating, path: str) -> Product:
-        item_id = self._item_id(detail.item_id, f"{path}.item_id")
-        return (item_id, None, None, None, self._stars(detail.stars, f"{path}.stars"))
-
-    def review(self, detail: event_pb2.Review, path: str) -> Product:
-        item_id = self._item_id(detail.item_id, f"{path}.item_id")
-        self._row_sparse["text"] = self._text(detail.text, f"{path}.text", MAX_TEXT, required=True)
-        stars = self._stars(detail.stars, f"{path}.stars") if detail.HasField("stars") else None
-        return (item_id, None, None, None, stars)
-
-    def wish_list(self, detail: event_pb2.WishList, path: str) -> Product:
-        return (self._item_id(detail.item_id, f"{path}.item_id"), None, None, None, None)
-
-    def share(self, detail: event_pb2.Share, path: str) -> Product:
-        self._attributes(medium=self._text(detail.medium, f"{path}.medium", 64))
-        return (self._item_id(detail.item_id, f"{path}.item_id"), None, None, None, None)
-
-    def recommendation_click(self, detail: event_pb2.RecommendationClick, path: str) -> Product:
-        position = self._position(detail.position, f"{path}.position")
-        if position is not None:
-            self._row_sparse["position"] = position
-        return (self._item_id(detail.item_id, f"{path}.item_id"), None, None, None, None)
-
-    def advertisement(self, detail: event_pb2.AdImpression | event_pb2.AdClick, path: str) -> Product:
-        self._attributes(
-            campaign_id=self._text(detail.campaign_id, f"{path}.campaign_id", 128, required=True),
-            creative_id=self._text(detail.creative_id, f"{path}.creative_id", 128),
-        )
-        position = self._position(detail.position, f"{path}.position")
-        if position is not None:
-            self._row_sparse["position"] = position
-        return (self._optional_item_id(detail.item_id, f"{path}.item_id"), None, None, None, None)
-
-    def support_question(self, detail: event_pb2.SupportQuestion, path: str) -> Product:
-        self._row_sparse["text"] = self._text(detail.text, f"{path}.text", MAX_TEXT, required=True)
-        self._attributes(answer_id=self._text(detail.answer_id, f"{path}.answer_id", 128))
-        return (self._optional_item_id(detail.item_id, f"{path}.item_id"), None, None, None, None)
-
-    def support_verdict(self, detail: event_pb2.SupportVerdict, path: str) -> Product:
-        if not detail.HasField("helpful"):
-            raise _Rejected(f"{path}.helpful", RowReason.REQUIRED, "Say whether the answer helped.")
-        self._attributes(answer_id=self._text(detail.answer_id, f"{path}.answer_id", 128, required=True))
-        return (None, None, None, None, 1.0 if detail.helpful else 0.0)
-
-    def survey(self, detail: event_pb2.Survey, path: str) -> Product:
-        has_csat, has_nps = detail.HasField("csat"), detail.HasField("nps")
-        if not has_csat and not has_nps:
-            raise _Rejected(f"{path}.csat", RowReason.REQUIRED, "Send csat, nps, or both.")
-        if has_csat and not 1 <= detail.csat <= 5:
-            raise _out_of_range(detail.csat, f"{path}.csat", "in [1, 5]")
-        if has_nps and not 0 <= detail.nps <= 10:
-            raise _out_of_range(detail.nps, f"{path}.nps", "in [0, 10]")
-        if has_nps:
-            self._row_sparse["attributes"] = {"nps": detail.nps}
-        if comment := self._text(detail.comment, f"{path}.comment", MAX_TEXT):
-            self._row_sparse["text"] = comment
-        return (None, None, None, None, float(detail.csat) if has_csat else None)
-
-
-_Read = Callable[[_Reading, Any, str], Product]
-# Field of the oneof → (kind = field number - 9, how it is read).
-_DETAILS: dict[str, tuple[int, _Read]] = {
-    field.name: (
-        field.number - 9,
-        _Reading.advertisement if field.name.startswith("ad_") else getattr(_Reading, field.name),
-    )
-    for field in event_pb2.Event.DESCRIPTOR.oneofs_by_name["detail"].fields
-}
-
 
 def _optional(values: Any, present: wire_events.Bools) -> list[Any]:
     """Returns values with None where they are absent."""
@@ -760,23 +482,3 @@ def _consent_bits(consent: event_pb2.EventConsent) -> int:
     if consent.HasField("marketing"):
         bits |= ConsentBit.MARKETING_STATED | (consent.marketing * ConsentBit.MARKETING)
     return int(bits)
-
-
-def _known(value: int, last: int, path: str, other: str) -> None:
-    if not 0 <= value <= last:
-        raise _Rejected(path, RowReason.OUT_OF_RANGE, f"No value of this contract; use {other}.")
-
-
-def _refuse_nul(value: str, path: str) -> None:
-    if "\x00" in value:
-        raise _Rejected(path, RowReason.NUL_CHARACTER, "Holds a NUL character; strip it.")
-
-
-def _id_reason(value: str) -> RowReason:
-    return RowReason.TOO_LONG if len(value) > 256 else RowReason.MALFORMED
-
-
-def _out_of_range(value: float, path: str, expected: str) -> _Rejected:
-    if math.isfinite(value):
-        return _Rejected(path, RowReason.OUT_OF_RANGE, f"Must be {expected}.")
-    return _Rejected(path, RowReason.NOT_FINITE, f"Not a finite number; must be {expected}.")
