@@ -146,11 +146,9 @@ class BotMarks:
             self._tidy()
         if marked:
             self._logger.info("events marked as a bot's", events=marked, windows=len(beyond))
-        if page_end is None:
-            return False
         # A tenth of the time of one core at most: marking may lag behind the log, and catches up.
         self._wait(9 * (time.monotonic() - began))
-        return True
+        return page_end is not None
 
     def _tidy(self) -> None:
         with self._database.connect() as connection:
