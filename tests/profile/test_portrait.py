@@ -205,6 +205,19 @@ def test_permuted_and_duplicated_histories_fold_to_identical_portraits() -> None
     assert len(distinct) == histories, "each history has a portrait of its own"
 
 
+def test_a_million_events_leave_the_newest_and_nothing_else() -> None:
+    random = np.random.default_rng(13)
+    window, newest = EMPTY_WINDOW, np.zeros(0, EVENT["key_high"])
+    for _ in range(1_000):
+        events = np.zeros(1_000, EVENT)
+        events["key_high"] = random.integers(0, 2**63, len(events))
+        window = window.merge(events)
+        newest = np.sort(np.concatenate([newest, events["key_high"]]))[-MAX_WINDOW_EVENTS:]
+    assert window.truncated
+    assert window.events_W.nbytes == MAX_WINDOW_EVENTS * EVENT.itemsize
+    assert np.array_equal(window.events_W["key_high"][::-1], newest)
+
+
 def test_a_window_is_truncated_only_when_events_are_left_out() -> None:
     events = np.zeros(MAX_WINDOW_EVENTS, EVENT)
     events["key_low"] = np.arange(len(events))
