@@ -1,4 +1,4 @@
-"""Until when the caller of this thread waits: what the thread does for it may take no longer. Pure.
+"""Until when the caller of this thread waits: what the thread does for it may take no longer.
 
 A thread that answers a call is told the call's deadline; whatever blocks on its way, the database before all, asks
 here how long it may.
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import TYPE_CHECKING, TypeVar
 
+if TYPE_CHECKING:
+    import grpc
+
+Default = TypeVar("Default", float, None)
 _this_thread = threading.local()
 
 
@@ -31,3 +36,10 @@ def remaining_seconds() -> float | None:
 def has_passed() -> bool:
     """Returns whether the call of this thread had a deadline and it is over."""
     return remaining_seconds() == 0.0
+
+
+def time_remaining_seconds(context: grpc.ServicerContext, default: Default) -> float | Default:
+    """Returns the seconds until the caller's deadline, at least 0, or `default` where it set none."""
+    remaining = context.time_remaining()
+    # Without a deadline grpcio answers with a number of years.
+    return default if remaining is None or remaining > 1e6 else max(0.0, remaining)

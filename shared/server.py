@@ -8,12 +8,9 @@ number and their age are limited.
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,35 +18,19 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
-from opentelemetry import context as trace_context
-from opentelemetry import propagate, trace
-from prometheus_client import Counter, Gauge, Histogram
 
-from shared import deadline, errors, grpc_status
+from shared import errors
 from shared.admission import Admission, Priority
 from shared.authentication import Authenticator, TokenVerifier
 from shared.authorization import Gatekeeper
 from shared.compute_pool import ComputePool
+from shared.interceptor import CallInterceptor
 from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
-from shared.telemetry import Telemetry, current_trace_id
+from shared.telemetry import Telemetry
 from shared.tls import TlsDirectory, refuse_plain_text
 
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
-
-_HANDLED = Counter(
-    "grpc_server_handled_total",
-    "RPCs completed on the server, by outcome.",
-    ["grpc_service", "grpc_method", "grpc_type", "grpc_code"],
-)
-_SECONDS = Histogram(
-    "grpc_server_handling_seconds",
-    "Seconds until an RPC was completed.",
-    ["grpc_service", "grpc_method", "grpc_type"],
-    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-)
-_OPEN_STREAMS = Gauge("shopkeeper_grpc_open_streams", "Streams that occupy a thread.", ["grpc_service"])
 
 
 class GrpcServer:
@@ -108,7 +89,7 @@ class GrpcServer:
         self._server = grpc.server(
             AdmittedPool(threads, admission),
             interceptors=[
-                _CallInterceptor(
+                CallInterceptor(
                     telemetry,
                     self._draining,
                     LoadShedding(admission, priorities or {}, computing),
@@ -281,308 +262,3 @@ def run_service(main: Callable[[], None]) -> None:
     except errors.ShopkeeperError as error:
         print(f"{error.reason}: {error.message}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def time_remaining_seconds(context: grpc.ServicerContext, default: float) -> float:
-    """Returns the seconds until the caller's deadline, or `default` where it set none."""
-    remaining = context.time_remaining()
-    # Without a deadline grpcio answers with a number of years.
-    return default if remaining is None or remaining > 1e6 else max(0.0, remaining)
-
-
-class _CallInterceptor(grpc.ServerInterceptor):
-    """Around every call: trace, deadline, error status, metrics, log line.
-
-    One interceptor, not five, and one wrapped handler a method, not one a call: each layer of
-    indirection costs microseconds on the hot path.
-    """
-
-    def __init__(
-        self,
-        telemetry: Telemetry,
-        draining: threading.Event,
-        shedding: LoadShedding,
-        gatekeeper: Gatekeeper | None,
-        computing: ComputePool | None,
-        computing_methods: frozenset[str],
-        *,
-        max_stream_age_seconds: float,
-        max_streams: int,
-    ) -> None:
-        self._telemetry = telemetry
-        self._draining = draining
-        self._shedding = shedding
-        self._computing = computing
-        self._computing_methods = computing_methods
-        self._told_at = -math.inf
-        self._gatekeeper = gatekeeper
-        self._max_stream_age_seconds = max_stream_age_seconds
-        self._max_streams = max_streams
-        self._streams = threading.BoundedSemaphore(max_streams)
-        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
-        self._calls: dict[str, _Call] = {}
-
-    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        method: str = details.method
-        wrapped = self._wrapped.get(method)
-        if wrapped is None:
-            handler = continuation(details)
-            # Unknown methods are not remembered: a caller must not be able to fill the memory with names.
-            if handler is None:
-                return self._unknown() if self._gatekeeper is not None else None
-            wrapped = self._wrapped[method] = self._wrap(method, handler)
-        call = self._calls.get(method)
-        if call is None:
-            return wrapped
-        refusing = self._shedding.refusing_handler(call.service, call.method, details.invocation_metadata)
-        if refusing is None:
-            return wrapped
-        self._count_refused(call)
-        return refusing
-
-    def _count_refused(self, call: _Call) -> None:
-        call.handled("RESOURCE_EXHAUSTED").inc()
-        # One line a second: a flood of calls must not become a flood of lines.
-        if (now := time.monotonic()) >= self._told_at + 1.0:
-            self._told_at = now
-            self._telemetry.logger.warning(
-                "calls refused", reason="OVERLOADED", count=self._shedding.take_refused()
-            )
-
-    def _wrap(self, method: str, handler: Any) -> grpc.RpcMethodHandler:
-        service, _, name = method.lstrip("/").rpartition("/")
-        kinds = {
-            (False, False): ("unary", handler.unary_unary, grpc.unary_unary_rpc_method_handler),
-            (False, True): ("server_stream", handler.unary_stream, grpc.unary_stream_rpc_method_handler),
-            (True, False): ("client_stream", handler.stream_unary, grpc.stream_unary_rpc_method_handler),
-            (True, True): ("bidi_stream", handler.stream_stream, grpc.stream_stream_rpc_method_handler),
-        }
-        kind, behavior, make = kinds[handler.request_streaming, handler.response_streaming]
-        # Health and reflection bring their own manners; the contract is no secret, but for those who may know it.
-        if service == health.SERVICE_NAME or (service.startswith("grpc.") and self._gatekeeper is None):
-            return handler
-        call = self._calls[method] = _Call(self._telemetry, service, name, kind, method, self._gatekeeper)
-        if handler.response_streaming:
-            wrapped = self._streaming(call, behavior)
-        elif handler.request_streaming:
-            wrapped = self._limited(call, behavior)
-        else:
-            wrapped = self._unary(call, behavior)
-            if self._computing is not None and name in self._computing_methods:
-                # The attribute by which grpc takes another pool for one method.
-                wrapped.experimental_thread_pool = self._computing
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
-
-    def _unknown(self) -> grpc.RpcMethodHandler:
-        # Admitted by no policy, so refused in the words that forbidden methods are refused in.
-        call = _Call(self._telemetry, "unknown", "unknown", "unary", "", self._gatekeeper)
-        return grpc.unary_unary_rpc_method_handler(self._unary(call, lambda _request, _context: None))
-
-    def _unary(self, call: _Call, behavior: Any) -> Any:
-        def answer(request: Any, context: grpc.ServicerContext) -> Any:
-            with call.observed(context) as observation:
-                # A call that waited in the queue past its deadline is work for nobody.
-                if (remaining := context.time_remaining()) is not None and remaining <= 0:
-                    observation.failed(
-                        errors.DeadlineExceeded("DEADLINE_EXCEEDED", "The deadline passed before work began.")
-                    )
-                else:
-                    try:
-                        observation.admit()
-                        return behavior(request, context)
-                    except Exception as error:
-                        observation.failed(error)
-            return observation.abort(context)
-
-        return answer
-
-    def _limited(self, call: _Call, behavior: Any) -> Any:
-        def answer(request_iterator: Any, context: grpc.ServicerContext) -> Any:
-            with call.observed(context) as observation:
-                if self._enter_stream(call, observation):
-                    try:
-                        return behavior(request_iterator, context)
-                    except Exception as error:
-                        observation.failed(error)
-                    finally:
-                        self._leave_stream(call)
-            return observation.abort(context)
-
-        return answer
-
-    def _streaming(self, call: _Call, behavior: Any) -> Any:
-        def answer(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            with call.observed(context) as observation:
-                if self._enter_stream(call, observation):
-                    end = time.monotonic() + self._max_stream_age_seconds
-                    responses: Any = ()
-                    try:
-                        # Inside: a behaviour that is no generator fails here, not at its first response.
-                        responses = behavior(request, context)
-                        for response in responses:
-                            yield response
-                            # An abandoned or endless stream would hold its thread for ever.
-                            if self._draining.is_set() or time.monotonic() > end:
-                                break
-                    except GeneratorExit:
-                        raise
-                    except Exception as error:
-                        observation.failed(error)
-                    finally:
-                        if hasattr(responses, "close"):
-                            responses.close()
-                        self._leave_stream(call)
-            if observation.error is not None:
-                observation.abort(context)
-
-        return answer
-
-    def _enter_stream(self, call: _Call, observation: _Observation) -> bool:
-        try:
-            observation.admit()
-        except Exception as error:
-            observation.failed(error)
-            return False
-        if self._draining.is_set():
-            observation.failed(errors.Unavailable("DRAINING", "This replica is stopping; connect again."))
-            return False
-        if not self._streams.acquire(blocking=False):
-            observation.failed(
-                errors.ResourceExhausted(
-                    "TOO_MANY_STREAMS",
-                    f"This replica serves its {self._max_streams} streams; try another, or raise SHOPKEEPER_WORKERS.",
-                )
-            )
-            return False
-        _OPEN_STREAMS.labels(call.service).inc()
-        return True
-
-    def _leave_stream(self, call: _Call) -> None:
-        _OPEN_STREAMS.labels(call.service).dec()
-        self._streams.release()
-
-
-class _Call:
-    """What is known of a method before anybody calls it."""
-
-    def __init__(
-        self,
-        telemetry: Telemetry,
-        service: str,
-        method: str,
-        kind: str,
-        path: str,
-        gatekeeper: Gatekeeper | None,
-    ) -> None:
-        self.telemetry = telemetry
-        self.path = path
-        self.gatekeeper = gatekeeper
-        self.service = service
-        self.method = method
-        self.kind = kind
-        self.seconds = _SECONDS.labels(service, method, kind)
-        self._handled: dict[str, Any] = {}
-
-    def handled(self, code: str) -> Any:
-        counter = self._handled.get(code)
-        if counter is None:
-            counter = self._handled[code] = _HANDLED.labels(self.service, self.method, self.kind, code)
-        return counter
-
-    def observed(self, context: grpc.ServicerContext) -> _Observation:
-        return _Observation(self, context)
-
-
-class _Observation:
-    """One call under way."""
-
-    __slots__ = ("_attached", "_call", "_context", "_span", "_start", "caller", "error")
-
-    def __init__(self, call: _Call, context: grpc.ServicerContext) -> None:
-        self._call = call
-        self._context = context
-        self.error: Exception | None = None
-        self.caller = ""
-        self._span: Any = None
-        self._attached: Any = None
-
-    def __enter__(self) -> _Observation:
-        self._start = time.perf_counter()
-        remaining = self._context.time_remaining()
-        # Without a deadline grpcio answers with a number of years.
-        deadline.begin(None if remaining is None or remaining > 1e6 else remaining)
-        if self._call.telemetry.traces_exported:
-            carrier = {
-                key: value for key, value in self._context.invocation_metadata() if key == "traceparent"
-            }
-            parent = propagate.extract(carrier)
-            self._span = self._call.telemetry.tracer.start_span(
-                f"{self._call.service}/{self._call.method}", context=parent, kind=trace.SpanKind.SERVER
-            )
-            self._attached = trace_context.attach(trace.set_span_in_context(self._span, parent))
-        return self
-
-    def admit(self) -> None:
-        """Checks that the caller may call this, where there is a policy; fails as `Gatekeeper.admit` does."""
-        if self._call.gatekeeper is not None:
-            self.caller = self._call.gatekeeper.admit(self._context, self._call.path)
-            if self._span is not None:
-                self._span.set_attribute("shopkeeper.caller", self.caller)
-
-    def failed(self, error: Exception) -> None:
-        self.error = error
-
-    def __exit__(self, *_exception: object) -> None:
-        deadline.end()
-        seconds = time.perf_counter() - self._start
-        code = "OK" if self.error is None else self._code(self.error)
-        if self.error is None and not self._context.is_active():
-            code = "CANCELLED"
-        self._call.seconds.observe(seconds)
-        self._call.handled(code).inc()
-        if self.error is not None:
-            self._log(code, seconds)
-        if self._span is not None:
-            self._span.set_attribute("rpc.grpc.status_code", code)
-            self._span.end()
-            trace_context.detach(self._attached)
-
-    def abort(self, context: grpc.ServicerContext) -> Any:
-        """Ends the call with the error's status. `abort` raises: it must stand outside of any `except`."""
-        error = self.error
-        if error is None or _is_abort(error):
-            raise error or AssertionError("nothing failed")
-        if isinstance(error, errors.ShopkeeperError):
-            status = grpc_status.to_status(error)
-        else:
-            status = grpc_status.internal_status(current_trace_id() or getattr(error, "trace_id", "none"))
-        context.abort_with_status(rpc_status.to_status(status))
-
-    def _code(self, error: Exception) -> str:
-        if isinstance(error, errors.ShopkeeperError):
-            return grpc_status.code_of(error).name
-        return "ABORTED_BY_HANDLER" if _is_abort(error) else "INTERNAL"
-
-    def _log(self, code: str, seconds: float) -> None:
-        logger, error = self._call.telemetry.logger, self.error
-        values = {
-            "method": f"{self._call.service}/{self._call.method}",
-            "code": code,
-            "ms": round(seconds * 1e3, 1),
-        }
-        if self.caller:
-            values["caller"] = self.caller
-        if isinstance(error, errors.DataLoss):
-            logger.error("call failed", reason=error.reason, message=error.message, **values)
-        elif isinstance(error, errors.ShopkeeperError):
-            logger.info("call failed", reason=error.reason, **values)
-        elif error is not None and not _is_abort(error):
-            # Without a trace the log line still needs a handle that the caller can quote.
-            trace_id = current_trace_id() or uuid.uuid4().hex
-            error.trace_id = trace_id  # type: ignore[attr-defined]
-            logger.error("call failed", reason="INTERNAL", quoted_trace_id=trace_id, exc_info=error, **values)
-
-
-def _is_abort(error: Exception) -> bool:
-    # grpcio's synchronous `context.abort` raises a bare Exception; it has set the status already.
-    return type(error) is Exception and not error.args

@@ -62,9 +62,9 @@ from services.feedback.use_cases import (
     ValuePolicies,
 )
 from shared.admission import Priority
+from shared.deadline import time_remaining_seconds
 from shared.errors import ResourceExhausted, Unavailable
 from shared.event_kinds import EventKind
-from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
 
 SERVICE_NAME = "shopkeeper.feedback.v1.FeedbackService"

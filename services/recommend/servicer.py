@@ -32,8 +32,8 @@ from services.recommend.use_cases.recommender import Recommender
 from services.recommend.use_cases.rehearsal import Rehearser
 from services.recommend.use_cases.status import StatusReader
 from shared import grpc_status
+from shared.deadline import time_remaining_seconds
 from shared.errors import DeadlineExceeded, ShopkeeperError
-from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
 
 SERVICE_NAME = "shopkeeper.recommend.v1.RecommendService"

@@ -23,8 +23,8 @@ from services.profile.converters.profiles import resume_watermark
 from services.profile.use_cases.catalogue import Catalogue
 from services.profile.use_cases.item_imports import ManageItemImports
 from services.profile.use_cases.item_portraits import ItemPortraits
+from shared.deadline import time_remaining_seconds
 from shared.identity import normalise_item_id
-from shared.server import time_remaining_seconds
 from shared.tokens import TokenSigner
 
 # Where the caller sets no deadline.

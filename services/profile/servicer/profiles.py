@@ -30,8 +30,8 @@ from services.profile.use_cases.churn import ChurnWatch, Erasure, Members, Score
 from services.profile.use_cases.profiles import Profiles
 from services.profile.use_cases.rebuilds import ManageRebuilds
 from services.profile.use_cases.segments import SegmentMembers, Segments
+from shared.deadline import time_remaining_seconds
 from shared.identity import UserKey
-from shared.server import time_remaining_seconds
 from shared.tokens import Watermark
 
 # An answer needs a moment to travel, too.

@@ -1,0 +1,1 @@
+"""The commands of `shopkeeper`, by what they are about; `shared.cli.app` names them."""
