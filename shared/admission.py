@@ -64,11 +64,9 @@ class Admission:
         max_waiting: int = 1_024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._workers = workers
+        self.workers = workers
         self._max_wait_seconds = max_wait_seconds
         self._max_waiting = max_waiting
-        # So few are no queue: they keep the workers busy while the speed is being measured.
-        self._always = max(1, workers // 8)
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting = 0
@@ -77,6 +75,17 @@ class Admission:
         self._waiting_since = math.inf
         self._moves = 0.0
         self._moving_seconds = 0.0
+
+    @property
+    def workers(self) -> int:
+        """Calls that are served at once."""
+        return self._workers
+
+    @workers.setter
+    def workers(self, workers: int) -> None:
+        self._workers = workers
+        # So few are no queue: they keep the workers busy while the speed is being measured.
+        self._always = max(1, workers // 8)
 
     @property
     def waiting(self) -> int:

@@ -25,18 +25,44 @@ class ComputePool(futures.ThreadPoolExecutor):
         places: calls that compute at once.
         admission: told of every call that comes, begins and ends.
         most_threads: the most threads, those that wait included; beyond, a call that waits keeps its place.
+        patience_seconds: how long the queue may stand still until another thread serves it: a caller that sends its
+            headers and not its message blocks a thread inside grpc, and must not block the others' calls.
     """
 
-    def __init__(self, places: int, admission: Admission, most_threads: int) -> None:
+    def __init__(
+        self, places: int, admission: Admission, most_threads: int, *, patience_seconds: float = 0.1
+    ) -> None:
         super().__init__(max_workers=most_threads, thread_name_prefix="compute")
         self._admission = admission
+        self._places = places
         self._most_threads = max(places, most_threads)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread_count = 0
         self._surplus = 0
+        self._begun = 0
+        self._running: set[_Task] = set()
+        self._patience_seconds = patience_seconds
+        self._ended = threading.Event()
+        threading.Thread(target=self._relieve, name="compute-relief", daemon=True).start()
         for _ in range(places):
             self._add_thread()
+
+    @property
+    def places(self) -> int:
+        """Calls that compute at once."""
+        return self._places
+
+    def resize(self, places: int) -> None:
+        """Changes how many calls compute at once; those under way are not disturbed."""
+        with self._lock:
+            more, self._places = places - self._places, places
+            self._most_threads = max(self._most_threads, places)
+            self._admission.workers = places
+            stay = min(max(more, 0), self._surplus)
+            self._surplus += max(-more, 0) - stay
+            for _ in range(max(more, 0) - stay):
+                self._add_thread()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Queues a call; returns what calls back when it is done."""
@@ -66,6 +92,7 @@ class ComputePool(futures.ThreadPoolExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Ends the threads once they are through with what is queued."""
+        self._ended.set()
         with self._lock:
             for _ in range(self._thread_count):
                 self._tasks.put(None)
@@ -74,13 +101,32 @@ class ComputePool(futures.ThreadPoolExecutor):
         self._thread_count += 1
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
+    def _relieve(self) -> None:
+        """Puts a thread in the place of one that is stuck, whenever calls wait and none has begun for a while."""
+        seen = -1
+        while not self._ended.wait(self._patience_seconds):
+            if self._begun == seen and not self._tasks.empty():
+                with self._lock:
+                    stuck = next((task for task in list(self._running) if not task.relieved), None)
+                    if stuck is not None and self._thread_count < self._most_threads:
+                        stuck.relieved = True
+                        self._add_thread()
+            seen = self._begun
+
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
+            self._begun += 1
+            self._running.add(task)
             self._admission.begin(task.entered_at)
             try:
                 task.run()
             finally:
                 self._admission.end()
+            with self._lock:
+                self._running.discard(task)
+                if task.relieved:
+                    self._thread_count -= 1
+                    return
             del task
             if self._surplus:
                 with self._lock:
@@ -93,13 +139,14 @@ class ComputePool(futures.ThreadPoolExecutor):
 class _Task:
     """A call in the queue: as much of a future as grpc uses, at a tenth of what one costs."""
 
-    __slots__ = ("_args", "_callbacks", "_done", "_fn", "_kwargs", "entered_at")
+    __slots__ = ("_args", "_callbacks", "_done", "_fn", "_kwargs", "entered_at", "relieved")
 
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], entered_at: float
     ) -> None:
         self._fn, self._args, self._kwargs = fn, args, kwargs
         self.entered_at = entered_at
+        self.relieved = False
         self._callbacks: list[Callable[[Any], object]] = []
         self._done = False
 

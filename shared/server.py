@@ -63,7 +63,7 @@ class GrpcServer:
         workers: int | None = None,
         priorities: Mapping[str, Priority] | None = None,
         computing_methods: Collection[str] = (),
-        computing_threads: int = 2,
+        computing_threads: int = 1,
         shared_port: bool = False,
     ) -> None:
         self._service_name = service_name
@@ -170,6 +170,11 @@ class GrpcServer:
     def waiting(self) -> AbstractContextManager[None]:
         """While a handler of a computing method is in here, it waits, and another call may compute."""
         return nullcontext() if self._computing is None else self._computing.waiting()
+
+    def set_computing_threads(self, count: int) -> None:
+        """Changes how many calls of computing methods compute at once."""
+        if self._computing is not None and self._computing.places != count:
+            self._computing.resize(count)
 
     def on_drain(self, callback: Callable[[], None]) -> None:
         """Registers what must happen before calls under way are waited for, such as waking streams."""

@@ -54,6 +54,11 @@ from shared.tokens import TokenSigner
 
 _LOGGER = get_logger("recommend.configuration")
 
+# Between two threads the interpreter changes hands at every array operation, which costs a request as much again.
+_EXACT_THREADS = 1
+# A search spends milliseconds outside of the interpreter.
+_SEARCHING_THREADS = 2
+
 
 class SystemClock:
     """Implements `ports.Clock`."""
@@ -109,7 +114,7 @@ class RecommendService:
                 alias=alias,
                 poll_seconds=settings.registry_poll_seconds,
                 most_exact=settings.exact_search_items,
-                on_loaded=_before_service(self.catalog_store),
+                on_loaded=_before_service(self.catalog_store, self._make_room),
                 on_refused=lambda refusal: BUNDLE_REFUSED.labels(refusal.reason).inc(),
             )
 
@@ -165,7 +170,7 @@ class RecommendService:
             service_names=[SERVICE_NAME],
             priorities={"BatchRecommend": Priority.LOW, "RehearseRule": Priority.LOW},
             computing_methods=COMPUTING_METHODS,
-            computing_threads=settings.computing_threads,
+            computing_threads=settings.computing_threads or _EXACT_THREADS,
             shared_port=settings.shared_port,
         )
         self._stopped = threading.Event()
@@ -216,6 +221,10 @@ class RecommendService:
             names for config in self.configs.current().configs.values() for names in config.models()
         )
 
+    def _make_room(self, model: BundleModel) -> None:
+        if model.is_searched and not self.settings.computing_threads:
+            self.server.set_computing_threads(_SEARCHING_THREADS)
+
     def _register(self, server: grpc.Server) -> None:
         register(self._servicer, server)
 
@@ -229,12 +238,15 @@ def _forget_garbage() -> None:
     gc.freeze()
 
 
-def _before_service(catalog_store: CatalogStore) -> Callable[[BundleModel], None]:
+def _before_service(
+    catalog_store: CatalogStore, make_room: Callable[[BundleModel], None]
+) -> Callable[[BundleModel], None]:
     previous: list[BundleModel] = []
 
     def prepare(model: BundleModel) -> None:
         # Makes room for the model's items beside the old model, not in the first request of the new one.
         catalog_store.publish()
+        make_room(model)
         gc.freeze()
         for old in previous:
             MODEL_INFO.remove(old.name, old.version)

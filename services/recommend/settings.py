@@ -51,10 +51,11 @@ class RecommendSettings(ServiceSettings):
         description="Items of a model up to which each is scored; larger ones are searched with faiss.",
     )
     computing_threads: int = Field(
-        2,
-        ge=1,
+        0,
+        ge=0,
         le=64,
-        description="Answers computed at once. More only wait for the interpreter, and for each other.",
+        description="Answers computed at once; 0: one, or two where the catalogue is searched. More only wait for "
+        "the interpreter, and for each other.",
     )
     shared_port: bool = Field(
         False, description="Let several processes listen on the one port; the kernel divides the connections."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from shared.admission import Admission
@@ -35,9 +36,11 @@ class Calls:
             assert self.changed.wait_for(condition, 10)
 
 
-def pool_of(places: int, most_threads: int = 32) -> tuple[ComputePool, Admission]:
+def pool_of(
+    places: int, most_threads: int = 32, patience_seconds: float = 60.0
+) -> tuple[ComputePool, Admission]:
     admission = Admission(places, 1.0)
-    return ComputePool(places, admission, most_threads), admission
+    return ComputePool(places, admission, most_threads, patience_seconds=patience_seconds), admission
 
 
 def test_no_more_calls_compute_at_once_than_there_are_places() -> None:
@@ -120,6 +123,58 @@ def test_beyond_the_most_threads_a_call_that_waits_keeps_its_place() -> None:
     assert calls.done == 0
     outside.set()
     calls.until(lambda: calls.done == 1)
+    pool.shutdown()
+
+
+def test_a_call_that_is_stuck_does_not_hold_the_others_up() -> None:
+    pool, admission = pool_of(1, patience_seconds=0.01)
+    stuck, calls = threading.Event(), Calls()
+    calls.may_end.set()
+    for _ in range(2):
+        # As grpc does for a message that never comes, and without saying so.
+        pool.submit(stuck.wait)
+    for _ in range(3):
+        pool.submit(calls.run)
+    calls.until(lambda: calls.done == 3)
+    stuck.set()
+    while admission.running:
+        time.sleep(0.001)
+    busy = Calls()
+    for _ in range(3):
+        pool.submit(busy.run)
+    busy.until(lambda: busy.running == 1)
+    # Those that were stuck have left.
+    assert pool._thread_count == 1
+    busy.may_end.set()
+    busy.until(lambda: busy.done == 3)
+    assert busy.most == 1
+    pool.shutdown()
+
+
+def test_places_can_be_added_and_taken_away_while_calls_are_served() -> None:
+    pool, admission = pool_of(1)
+    pool.resize(3)
+    calls = Calls()
+    for _ in range(6):
+        pool.submit(calls.run)
+    calls.until(lambda: calls.running == 3)
+    assert (pool.places, admission.workers, admission.waiting) == (3, 3, 3)
+    calls.may_end.set()
+    calls.until(lambda: calls.done == 6)
+    pool.resize(1)
+    through = Calls()
+    through.may_end.set()
+    for n in range(8):
+        pool.submit(through.run)
+        through.until(lambda n=n: through.done == n + 1)  # type: ignore[misc]
+    alone = Calls()
+    for _ in range(3):
+        pool.submit(alone.run)
+    alone.until(lambda: alone.running == 1)
+    assert pool._thread_count == 1
+    alone.may_end.set()
+    alone.until(lambda: alone.done == 3)
+    assert alone.most == 1
     pool.shutdown()
 
 

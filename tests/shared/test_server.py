@@ -208,6 +208,35 @@ def test_health_says_serving_only_when_ready_and_liveness_always() -> None:
     server.stop()
 
 
+def test_callers_who_never_send_their_message_hold_nobody_up() -> None:
+    settings = ServiceSettings(listen="127.0.0.1:0", log_level="error")
+    server = GrpcServer(
+        "test",
+        settings,
+        Telemetry("test", settings),
+        register=[servicer(str)],
+        service_names=["test.Echo"],
+        computing_methods=["Unary"],
+    )
+    port = server.start()
+    ended = threading.Event()
+
+    def nothing() -> Iterator[StringValue]:
+        ended.wait(30)
+        yield from ()
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        half = channel.stream_unary("/test.Echo/Unary", StringValue.SerializeToString, StringValue.FromString)
+        silent = [half.future(nothing(), timeout=30) for _ in range(3)]
+        for n in range(20):
+            assert call(channel, str(n)) == str(n)
+        assert not any(one.done() for one in silent)
+        ended.set()
+        for one in silent:
+            one.cancel()
+    server.stop()
+
+
 def test_a_taken_port_is_one_clear_error(serve: Any) -> None:
     first = ServiceSettings(listen="127.0.0.1:0", log_level="error")
     server = GrpcServer("test", first, Telemetry("test", first), register=[], service_names=[])
