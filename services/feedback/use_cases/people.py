@@ -1,0 +1,89 @@
+"""What belongs to a person: consent, erasure, export."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
+from services.feedback.ports import Clock, ConsentStore, ModelVersions, PersonStore, ReceiptSigner
+
+
+class ManageConsent:
+    """Sets and reads what a person allows."""
+
+    def __init__(
+        self, store: ConsentStore, clock: Clock, wake_readers: Callable[[], None] = lambda: None
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._wake_readers = wake_readers
+
+    def set(self, user_keys: Sequence[bytes], tombstone_key: bytes, consent: Consent) -> Consent:
+        """Sets the fields that are not None; returns what is in force from now on."""
+        written = self._store.write_consent(user_keys, tombstone_key, consent, self._clock.now())
+        self._wake_readers()
+        return written.in_force()
+
+    def get(self, user_keys: Sequence[bytes], tombstone_key: bytes) -> Consent:
+        """Returns what is in force."""
+        return self._store.read_consent(user_keys, tombstone_key).in_force()
+
+
+class ForgetUser:
+    """Erases a person and signs a receipt."""
+
+    def __init__(
+        self,
+        store: PersonStore,
+        versions: ModelVersions,
+        signer: ReceiptSigner,
+        clock: Clock,
+        wake_readers: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store = store
+        self._versions = versions
+        self._signer = signer
+        self._clock = clock
+        self._wake_readers = wake_readers
+
+    def forget(self, user_keys: Sequence[bytes], tombstone_key: bytes) -> Receipt:
+        """Returns the receipt once everything is erased. Repeating it is harmless."""
+        erasure = self._store.erase(user_keys, tombstone_key, self._clock.now())
+        self._wake_readers()
+        versions = containing_versions(self._versions.list_versions(), erasure.first_received_at)
+        receipt_id = str(uuid.uuid4())
+        payload = receipt_payload(receipt_id, erasure, user_keys, versions)
+        return Receipt(receipt_id, erasure, user_keys, versions, payload, self._signer.sign(payload))
+
+
+class ExportUser:
+    """Tells a person all that is known of them."""
+
+    def __init__(self, people: PersonStore, consents: ConsentStore) -> None:
+        self._people = people
+        self._consents = consents
+
+    def export(self, user_keys: Sequence[bytes], tombstone_key: bytes) -> Iterator[list[str]]:
+        """Yields JSON lines: first the consent in force, then the events from the oldest."""
+        consent = self._consents.read_consent(user_keys, tombstone_key).in_force()
+        yield [
+            _json_line(
+                {
+                    "type": "consent",
+                    "personalisation": consent.personalisation,
+                    "training": consent.training,
+                    "marketing": consent.marketing,
+                    "update_time": consent.updated_at.isoformat() if consent.updated_at else None,
+                    "forgotten": consent.forgotten,
+                }
+            )
+        ]
+        for events in self._people.export_events(user_keys):
+            yield [_json_line({"type": "event", **event}) for event in events]
+
+
+def _json_line(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
