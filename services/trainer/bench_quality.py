@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import resolve
+from services.trainer.pipeline.answering import best_items
 from services.trainer.pipeline.content import ContentVectors
 from services.trainer.pipeline.dataset import (
     Cleaning,
@@ -35,10 +36,9 @@ from services.trainer.pipeline.dataset import (
     everyone,
     hold_out,
 )
-from services.trainer.pipeline.describing import peak_resident_bytes
+from services.trainer.pipeline.describing import peak_resident_bytes, resident_bytes
 from services.trainer.pipeline.evaluation import (
     Contestants,
-    best_items,
     ndcg_at_10,
     popularity,
     rank_by_fixed_scores,
@@ -168,7 +168,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
 
     def report(stage: str, message: str, **_: object) -> None:
-        print(f"{time.monotonic() - started:7.1f} s  {stage:<10} {message}", file=sys.stderr, flush=True)
+        memory = f"{resident_bytes() / 1e6:6,.0f} of {peak_resident_bytes() / 1e6:6,.0f} MB"
+        print(
+            f"{time.monotonic() - started:7.1f} s {memory}  {stage:<10} {message}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     plan = Plan(
         cleaning=Cleaning(max_user_events=_MAX_USER_EVENTS),

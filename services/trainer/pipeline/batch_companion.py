@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ Int64 = npt.NDArray[np.int64]
 _DENSE_ITEMS, _DENSE_SHARE = 4_000, 0.02
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Without slots, which would leave no room for what is made on demand.
+@dataclass(frozen=True, eq=False)
 class Neighbours:
     """A model that sums rows of an item-item matrix over the decayed history."""
 
@@ -32,6 +34,13 @@ class Neighbours:
         items = matrix.item_count
         crowded = items <= _DENSE_ITEMS and len(matrix.indices_N) > _DENSE_SHARE * items * items
         return cls(matrix, scoring, matrix.to_dense() if crowded else None)
+
+    @cached_property
+    def sparse_II(self) -> scipy.sparse.csr_matrix:
+        """The matrix for SciPy."""
+        matrix = self.matrix
+        shape = (matrix.item_count, matrix.item_count)
+        return scipy.sparse.csr_matrix((matrix.weights_N, matrix.indices_N, matrix.indptr_I1), shape=shape)
 
     def scores(self, histories: list[Int64]) -> Float32:
         """Returns the score of every item, (B, I)."""
@@ -104,3 +113,27 @@ class BatchCompanion:
             mean_BI = recency_weights(histories, items, scoring, mean=True)
             added_BI += np.asarray(mean_BI @ queries_IR, np.float32) @ keys_IR.T
         return added_BI
+
+    def add_to(self, score_BI: Float32, histories: list[Int64]) -> None:
+        """Adds in place what `added` would, at the cost of what histories and their rows hold.
+
+        Args:
+            score_BI: logits, or anything else that orders items.
+        """
+        histories = self._read(histories)
+        scoring, items = self._scoring, self.companion.forward.item_count
+        recent_BI = recency_weights(histories, items, scoring, mean=False)
+        parts: list[tuple[float, scipy.sparse.csr_matrix]] = (
+            [(scoring.repeat, recent_BI)] if scoring.repeat else []
+        )
+        for weight, neighbours in ((scoring.lambda_, self._forward), (scoring.backward, self._backward)):
+            if weight and neighbours is not None:
+                parts.append((weight, recent_BI @ neighbours.sparse_II))
+        for weight, found_BI in parts:
+            row_N = np.repeat(np.arange(len(histories)), np.diff(found_BI.indptr))
+            damped_N = np.log1p(np.float32(scoring.scale) * found_BI.data.astype(np.float32))
+            score_BI[row_N, found_BI.indices] += np.float32(weight) * damped_N
+        queries_IR, keys_IR = self.companion.attribute_queries_IR, self.companion.attribute_keys_IR
+        if queries_IR is not None and keys_IR is not None:
+            mean_BI = recency_weights(histories, items, scoring, mean=True)
+            score_BI += np.asarray(mean_BI @ queries_IR, np.float32) @ keys_IR.T

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,15 @@ def describe_report(
 def peak_resident_bytes() -> int:
     """Returns the largest memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """Returns the memory of this process now; its largest so far where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_resident_bytes()
+    return pages * resource.getpagesize()
 
 
 def is_simulated(histories: Histories, attributes_of: Mapping[str, Sequence[str]]) -> bool:

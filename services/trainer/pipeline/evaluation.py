@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from services.trainer.pipeline.answering import top_items
 from services.trainer.pipeline.batch_companion import BatchCompanion, Neighbours
 from services.trainer.pipeline.dataset import HeldOut, Histories
 from shared.bundle.manifest import ScoringParameters
@@ -284,35 +285,6 @@ def climb_ladder(
     return Climb(ranks, lists, coverage, best_B20, probability_B20)
 
 
-def best_items(
-    histories: Histories,
-    asked: HeldOut,
-    query_BD: Float32,
-    contestants: Contestants,
-    exclude_seen: bool,
-    k: int = 20,
-) -> Int32:
-    """Returns the k best items of what is served, best first, (B, k), -1 where there are fewer.
-
-    Without any event it is the most popular ones; what must be foretold is a candidate like any other.
-    """
-    companion = BatchCompanion(contestants.companion, contestants.known_I)
-    best_BK = np.full((len(asked), k), -1, np.int32)
-    for rows, part, seen, excluded_BI in chunks(histories, asked, exclude_seen):
-        logits_BI = served_logits(contestants, query_BD[rows] @ contestants.item_vectors_ID.T)
-        # The partition is the same for all items of a row.
-        score_BI = logits_BI + companion.added(seen, companion.forward(seen))
-        score_BI[part.prefix_B == 0] = contestants.popularity_I
-        if excluded_BI is not None:
-            for row, (items, target) in enumerate(zip(seen, part.target_B.tolist(), strict=True)):
-                excluded_BI[row, target] = target in items
-            score_BI[excluded_BI] = -np.inf
-        chosen_BK = top_items(score_BI, k)
-        allowed_BK = np.isfinite(np.take_along_axis(score_BI, chosen_BK, axis=1))
-        best_BK[rows, : chosen_BK.shape[1]] = np.where(allowed_BK, chosen_BK, -1)
-    return best_BK
-
-
 def _top_of_fixed_scores(
     histories: Histories, held_out: HeldOut, score_I: Float32, exclude_seen: bool
 ) -> Int32:
@@ -330,11 +302,3 @@ def _top_of_fixed_scores(
 
 def _padded(best_BK: Int32, k: int) -> Int32:
     return np.pad(best_BK, ((0, 0), (0, k - best_BK.shape[1])), constant_values=-1)
-
-
-def top_items(allowed_BI: Float32, k: int) -> Int32:
-    """Returns the k best items of each row, best first, (B, k or fewer)."""
-    k = min(k, allowed_BI.shape[1])
-    best_BK = np.argpartition(-allowed_BI, k - 1, axis=1)[:, :k]
-    order_BK = np.argsort(-np.take_along_axis(allowed_BI, best_BK, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(best_BK, order_BK, axis=1).astype(np.int32)

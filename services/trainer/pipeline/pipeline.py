@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline import card, warm_start
+from services.trainer.pipeline.answering import best_items
 from services.trainer.pipeline.baselines import item_item_baselines
 from services.trainer.pipeline.blend import FeatureMaker, Terms, learn_blend
 from services.trainer.pipeline.budget import Budget
@@ -43,7 +44,6 @@ from services.trainer.pipeline.evaluation import (
     BLEND,
     FOUNDING,
     Contestants,
-    best_items,
     choose_half_life,
     climb_ladder,
     ndcg_at_10,
