@@ -5,6 +5,7 @@ B = people, I = items, D = dimension, k = answers. Exact: every item is scored, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,21 +33,26 @@ def best_items(
     served: Contestants,
     exclude_seen: bool,
     k: int = 20,
+    check: Callable[[], None] = lambda: None,
 ) -> Int32:
     """Returns the k best items of what is served, best first, (B, k), -1 where there are fewer.
 
     Without any event it is the most popular ones; what must be foretold is a candidate like any other.
+
+    Args:
+        check: called between chunks of people; raises to stop.
     """
     batch = BatchCompanion(served.companion, served.known_I)
     best_BK = np.full((len(asked), k), -1, np.int32)
     step = max(1, _SCORES // max(histories.item_count, 1))
     weight = np.float32(served.companion.scoring.sequence)
     for first in range(0, len(asked), step):
+        check()
         rows = slice(first, min(first + step, len(asked)))
         part = asked.take(np.arange(rows.start, rows.stop))
         seen = [part.prefix(histories, row)[0].astype(np.int64) for row in range(len(part))]
         # The partition is the same for all items of a row: it changes no order.
-        score_BI = (weight * query_BD[rows]) @ served.item_vectors_ID.T
+        score_BI = np.asarray((weight * query_BD[rows]) @ served.item_vectors_ID.T, np.float32)
         score_BI += served.item_bias_I
         batch.add_to(score_BI, seen)
         score_BI[part.prefix_B == 0] = served.popularity_I
