@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
 import uuid
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
@@ -23,7 +26,9 @@ from services.profile.__main__ import SERVICE_NAMES, Profile
 from services.profile.settings import ProfileSettings
 from services.recommend.__main__ import RecommendService
 from services.recommend.settings import RecommendSettings
+from shared import embedded_postgres
 from shared.channel import open_channel
+from shared.database import ensure_database, migrate
 from shared.server import GrpcServer
 from shared.telemetry import Telemetry
 from tests.recommend.chaos import Proxy, Wire
@@ -158,6 +163,26 @@ def test_with_profile_gone_the_last_known_history_serves(suite: Suite) -> None:
     assert ids(suite.recommend_to("eve", page_size=1))[0].startswith("shoe")
 
 
+def is_recorded(suite: Suite, user_id: str, item_id: str) -> bool:
+    try:
+        return bool(suite.view(user_id, item_id))
+    except grpc.RpcError:
+        return False
+
+
+def every_call_is_answered(suite: Suite) -> None:
+    """Asks for who is known and for strangers, over and over, each time within a second."""
+    end, number = time.monotonic() + SECONDS, 0
+    while time.monotonic() < end:
+        number += 1
+        for user_id in ("ann", f"stranger-{number}"):
+            request = pb.RecommendRequest(user_id=user_id, page_size=3)
+            answer = suite.stub.Recommend(request, timeout=1)
+            assert len(answer.items) == 3
+    # What was known is known, whatever is gone.
+    assert suite.recommend_to("ann").freshness.events_used == 1
+
+
 @pytest.mark.parametrize("wire", [Wire.SLOW, Wire.CUT, Wire.HALF_OPEN], ids=lambda wire: wire.value)
 def test_every_call_is_answered_while_postgres_fails(
     migrate_services: Callable[..., str], keys_dir: Path, tmp_path: Path, wire: Wire
@@ -172,15 +197,59 @@ def test_every_call_is_answered_while_postgres_fails(
         token = suite.view("ann", "tea-1")
         assert suite.recommend_to("ann", consistency_token=token).freshness.events_used == 1
         database.become(wire)
-        end, number = time.monotonic() + SECONDS, 0
-        while time.monotonic() < end:
-            number += 1
-            for user_id in ("ann", f"stranger-{number}"):
-                request = pb.RecommendRequest(user_id=user_id, page_size=3)
-                answer = suite.stub.Recommend(request, timeout=1)
-                assert len(answer.items) == 3
-        assert suite.recommend_to("ann").freshness.events_used == 1
+        every_call_is_answered(suite)
         database.become(Wire.GOOD)
     finally:
         suite.close()
         database.close()
+
+
+class OwnPostgres:
+    """A PostgreSQL that belongs to one test: the process that answers, and all that it has forked."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self.url = embedded_postgres.start(home)
+        ensure_database(self.url)
+        for service in ("feedback", "profile"):
+            migrate(self.url, service)
+
+    def signal(self, number: signal.Signals) -> None:
+        pid = int((self._home / "postgres" / "postmaster.pid").read_text().splitlines()[0])
+        postmaster = psutil.Process(pid)
+        # The parent first: it would start anew what dies.
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        if number is signal.SIGKILL:
+            psutil.wait_procs(processes, 20)
+
+    def start_again(self) -> None:
+        from embedded_postgres import PostgresServer
+
+        PostgresServer._instances[(self._home / "postgres").resolve()].ensure_postgres_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_every_call_is_answered_while_the_process_of_postgres_fails(
+    postgres_homes: Callable[[], Path], keys_dir: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    database = OwnPostgres(postgres_homes())
+    suite = Suite(database.url, keys_dir, tmp_path)
+    try:
+        token = suite.view("ann", "tea-1")
+        assert suite.recommend_to("ann", consistency_token=token).freshness.events_used == 1
+        database.signal(number)
+        try:
+            every_call_is_answered(suite)
+        finally:
+            if number is signal.SIGSTOP:
+                database.signal(signal.SIGCONT)
+        if number is signal.SIGKILL:
+            database.start_again()
+        # The way back needs nobody's help.
+        eventually(lambda: is_recorded(suite, "ann", "shoe-1"), 30.0)
+        eventually(lambda: suite.recommend_to("ann").freshness.events_used >= 2, 30.0)
+    finally:
+        suite.close()
