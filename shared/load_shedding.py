@@ -6,6 +6,7 @@ RESOURCE_EXHAUSTED and a time to come back (https://google.aip.dev/193).
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Mapping
@@ -66,17 +67,23 @@ class AdmittedPool(futures.ThreadPoolExecutor):
             self._admission.end()
 
 
+class _Done:
+    """As much of a future that is done as grpc uses."""
+
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
+        callback(self)
+
+
 class _Here(futures.ThreadPoolExecutor):
     """Runs what it is given at once, on the thread that gives it."""
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> futures.Future[Any]:
-        """Runs a call; the future is done."""
-        future: futures.Future[Any] = futures.Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
+    _done = _Done()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Runs a call; returns what is done. A call that fails ends itself, and not the thread that accepts calls."""
+        with contextlib.suppress(Exception):
+            fn(*args, **kwargs)
+        return self._done
 
 
 class LoadShedding:
@@ -100,6 +107,7 @@ class LoadShedding:
         self._priorities = dict(priorities)
         self._here = _Here(max_workers=1)
         self._refusing: dict[int, Any] = {}
+        self._counters: dict[tuple[str, str, Priority], Any] = {}
         self._lock = threading.Lock()
         self._refused_since_told = 0
 
@@ -116,7 +124,11 @@ class LoadShedding:
             refusal = second.refusal(priority)
         if refusal is None:
             return None
-        _REFUSED.labels(service, refusal.cause, priority.name.lower()).inc()
+        key = (service, refusal.cause, priority)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._counters[key] = _REFUSED.labels(service, refusal.cause, priority.name.lower())
+        counter.inc()
         with self._lock:
             self._refused_since_told += 1
         return self._handler(refusal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import sys
@@ -236,6 +237,14 @@ def _forget_garbage() -> None:
     """
     gc.collect()
     gc.freeze()
+    _give_memory_back()
+
+
+def _give_memory_back() -> None:
+    """Has the allocator return what loading left behind; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _before_service(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,18 @@ def map_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     if start + position != size:
         raise ValueError(f"it has {size - start - position} bytes too many")
     return arrays
+
+
+def release_pages(array: npt.NDArray[np.generic]) -> None:
+    """Gives the memory of a mapped file back, whichever of its arrays is given; what is read again comes back alone.
+
+    To verify a file is to read all of it; to serve takes parts. Does nothing to an array that is in memory.
+    """
+    owner: object = array
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 class Vocabulary(Sequence[str]):

@@ -31,6 +31,7 @@ from shared.bundle import (
     score_candidates,
     write_bundle,
 )
+from shared.bundle.arrays import encode_arrays, map_arrays, release_pages
 from shared.bundle.manifest import canonical_json, sha256_of, sign_manifest
 from shared.bundle.scoring import cooccurrence_scores_of_batch, naive_blended_scores
 from shared.bundle.sum_encoder import build_sum_encoder
@@ -97,6 +98,25 @@ def test_what_was_written_is_what_loads(registry: Registry) -> None:
     np.testing.assert_allclose(
         bundle.encoder.encode(*inputs), bundle.item_vectors[0] + bundle.item_vectors[2], rtol=1e-6
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel does not tell")
+def test_memory_that_was_read_to_verify_is_given_back_and_reads_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    written = np.arange(1 << 20, dtype=np.float32)
+    path.write_bytes(encode_arrays({"first": written, "second": written}))
+
+    def resident_kb() -> int:
+        _, _, mapping = Path("/proc/self/smaps").read_text().partition(str(path))
+        return int(mapping.partition("\nRss:")[2].split()[0])
+
+    mapped = map_arrays(path)
+    assert all(np.isfinite(array).all() for array in mapped.values())
+    assert resident_kb() >= 8_192
+    release_pages(mapped["second"])
+    assert resident_kb() < 1_000
+    assert np.array_equal(mapped["first"], written)
+    release_pages(written)
 
 
 def test_no_array_of_a_loaded_version_can_be_changed(registry: Registry) -> None:

@@ -20,6 +20,7 @@ from services.recommend.domain.item_index import ItemIndex
 from services.recommend.domain.status import ModelState, Refusal
 from services.recommend.ports import CompanionScores, Float32, Int64, ModelHistory
 from services.recommend.storage.search import MOST_EXACT, ApproximateSearch
+from shared.bundle.arrays import release_pages
 from shared.bundle.folded import FoldedCompanion
 from shared.bundle.history import History as BundleHistory
 from shared.bundle.history import encoder_inputs, mark_clean_events
@@ -52,7 +53,7 @@ class BundleModel:
     def __init__(self, bundle: Bundle, index: ItemIndex, *, most_exact: int = MOST_EXACT) -> None:
         self._bundle = bundle
         self._matrix = bundle.cooccurrence
-        # In memory and contiguous: a product over a mapped file would fault at the worst moment.
+        # Mapped, and shared with other processes; warming reads all of them.
         self._item_vectors_ID = np.ascontiguousarray(bundle.item_vectors)
         self._item_bias_I = np.ascontiguousarray(bundle.item_bias)
         self.popularity_I: Float32 = np.ascontiguousarray(bundle.popularity)
@@ -80,6 +81,8 @@ class BundleModel:
             self._folded = FoldedCompanion.of(bundle.companion)
         else:
             self._search = ApproximateSearch(self._item_vectors_ID, self._item_bias_I)
+        # Before warming: that brings back what requests read.
+        release_pages(bundle.item_vectors)
 
     @property
     def has_ranker(self) -> bool:
