@@ -132,8 +132,8 @@ verify-deploy: $(INSTALLED)  ## Judge deploy/ and the Dockerfiles: schemas, chec
 	pytest -q tests/deploy
 	./deploy/verify.sh $(DEPLOY)/bin
 
-drill: $(INSTALLED)  ## Lose the disk, restore, erase the erased again, serve
-	pytest -q -s tests/deploy/test_restore.py
+drill: $(INSTALLED)  ## Lose the disk, restore, to the backup and to a moment, erase the erased again, serve
+	pytest -q -s tests/deploy/test_restore.py tests/deploy/test_point_in_time.py
 
 release: $(INSTALLED)  ## Wheel, bills of materials, licences, changelog and images of this commit (VERSION=)
 	@$(if $(VERSION),,$(error say VERSION=))./deploy/release.sh $(VERSION)
