@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from services.trainer.pipeline import blend as blend_module
 from services.trainer.pipeline.attribute_terms import AttributeTerms
 from services.trainer.pipeline.batch_companion import BatchCompanion, recency_weights
 from services.trainer.pipeline.blend import (
+    CAUTIOUS,
+    CAUTIOUS_WEIGHTS,
     FEATURES,
     Blend,
     FeatureMaker,
@@ -25,6 +28,7 @@ from services.trainer.pipeline.dataset import (
     encode_attributes,
     leave_one_out,
 )
+from services.trainer.pipeline.describing import describe_blend
 from services.trainer.pipeline.evaluation import popularity
 from shared.bundle.manifest import ScoringParameters
 from shared.bundle.scoring import Companion
@@ -163,13 +167,27 @@ def learned(draws: list[list[int]], vectors_of_walk: bool) -> Blend:
     return learn_blend(histories, split.validation, query_BD, maker, popularity(training), False, seed=0)
 
 
-def test_where_nothing_but_popularity_teaches_popularity_is_served() -> None:
+def test_what_does_not_clearly_beat_popularity_is_not_served() -> None:
     generator = np.random.default_rng(5)
     share_I = np.arange(200, 0, -1) ** 2.0
     draws = [generator.choice(200, 3, p=share_I / share_I.sum()).tolist() for _ in range(30)]
     blend = learned(draws, vectors_of_walk=False)
     assert blend.fell_back
-    assert blend.weights == {name: float(name == "popularity") for name in FEATURES}
+    assert not {name for name, weight in blend.weights.items() if weight} - {"popularity", "forward"}
+
+
+@pytest.mark.parametrize("draws", [walk(users=40, items=60), [[n, n + 20, (n * 7) % 20] for n in range(20)]])
+def test_where_nothing_is_learned_counts_are_served_with_popularity_only_if_they_help(
+    draws: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blend_module, "beats", lambda *_: False)
+    blend = learned(draws, vectors_of_walk=True)
+    assert blend.fell_back
+    helps = blend.ndcg[CAUTIOUS] > blend.ndcg["popularity"]
+    assert helps == (len(draws) == 40)
+    expected = CAUTIOUS_WEIGHTS if helps else {"popularity": 1.0}
+    assert blend.weights == {name: expected.get(name, 0.0) for name in FEATURES}
+    assert ("counts" in describe_blend(blend)[0].split(":")[-1]) == helps
 
 
 def test_a_model_that_knows_is_served_also_where_people_are_few() -> None:

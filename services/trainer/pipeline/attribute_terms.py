@@ -28,6 +28,9 @@ _SMOOTHING = 0.1
 # L is dense: 16 MB. Rarer attributes take no part in transitions.
 _MAX_LIFT_ATTRIBUTES = 2_048
 _OVERSAMPLING, _POWER_ITERATIONS = 16, 3
+_GRAM_ROWS = 20_000
+# Of the largest singular value: what is smaller is not known in single precision.
+_ROUNDING = 1e-6
 
 
 class AttributeTerms:
@@ -91,14 +94,44 @@ class AttributeTerms:
 
         # In single precision: of 200,000 items each of these matrices is 64 MB.
         start_IR = np.random.default_rng(0).standard_normal((items, width), np.float32)
-        basis_IR = np.linalg.qr(product(start_IR, self.lift_AA))[0]
+        basis_IR = _orthonormal(product(start_IR, self.lift_AA))
         for _ in range(_POWER_ITERATIONS):
-            other_IR = np.linalg.qr(product(basis_IR, self.lift_AA.T))[0]
-            basis_IR = np.linalg.qr(product(other_IR, self.lift_AA))[0]
-        left_RR, size_R, right_RI = np.linalg.svd(product(basis_IR, self.lift_AA.T).T, full_matrices=False)
-        root_R = np.sqrt(size_R[:rank])
-        queries_IR = (basis_IR @ left_RR[:, :rank]) * root_R
-        return queries_IR.astype(np.float32), (right_RI[:rank].T * root_R).astype(np.float32)
+            other_IR = _orthonormal(product(basis_IR, self.lift_AA.T))
+            basis_IR = _orthonormal(product(other_IR, self.lift_AA))
+        # M is close to Q (M' Q)', and M' Q = K S L' of the eigenvectors L of its small Gram matrix.
+        seen_IR = product(basis_IR, self.lift_AA.T)
+        size_R, left_RR = _singular(seen_IR)
+        size_R, left_RR = size_R[:rank], left_RR[:, :rank]
+        root_R = np.sqrt(size_R)
+        inverse_R = np.divide(1.0, root_R, out=np.zeros_like(root_R), where=root_R > 0)
+        queries_IR = basis_IR @ (left_RR * root_R).astype(np.float32)
+        keys_IR = seen_IR @ (left_RR * inverse_R).astype(np.float32)
+        return queries_IR, keys_IR
+
+
+def _singular(tall_IR: Float32) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Returns singular values, (R,), largest first, 0 for what is but rounding, and right singular vectors as columns.
+
+    From the Gram matrix: a QR decomposition of so tall a matrix takes ten times the memory, and a hundred times as long.
+    """
+    gram_RR = np.zeros((tall_IR.shape[1],) * 2)
+    for first in range(0, len(tall_IR), _GRAM_ROWS):
+        part = tall_IR[first : first + _GRAM_ROWS].astype(np.float64)
+        gram_RR += part.T @ part
+    squared_R, vectors_RR = np.linalg.eigh(gram_RR)
+    squared_R, vectors_RR = squared_R[::-1], vectors_RR[:, ::-1]
+    squared_R = np.where(squared_R > _ROUNDING**2 * squared_R[0], squared_R, 0.0)
+    return np.sqrt(squared_R), vectors_RR
+
+
+def _orthonormal(tall_IR: Float32) -> Float32:
+    """Returns an orthonormal basis of the columns, (I, R); columns of zeros where there are fewer."""
+    # Twice: the first leaves what the rounding of single precision does.
+    for _ in range(2):
+        size_R, vectors_RR = _singular(tall_IR)
+        inverse_R = np.divide(1.0, size_R, out=np.zeros_like(size_R), where=size_R > 0)
+        tall_IR = tall_IR @ (vectors_RR * inverse_R).astype(np.float32)
+    return tall_IR
 
 
 def _scaled_rows(matrix: scipy.sparse.sparray, length_I: npt.NDArray[np.floating]) -> scipy.sparse.csr_matrix:

@@ -16,8 +16,9 @@ from services.trainer.pipeline.dataset import HeldOut, Histories
 from services.trainer.pipeline.evaluation import EASE, ITEM_KNN, Neighbours, choose_query_decay
 from shared.bundle.scoring import CooccurrenceMatrix
 
-# EASE inverts a matrix of as many rows: 400 MB and a minute at this size. Of larger catalogues the most popular take part.
-EASE_MAX_ITEMS = 14_000
+# EASE inverts a matrix of as many rows: 400 MB and a minute at this size. Of larger catalogues, whose own tables are large too, so
+# many of the most popular take part as need a third of that.
+EASE_MAX_ITEMS, EASE_ITEMS_OF_LARGER = 14_000, 8_000
 # What every run can afford: a second.
 EASE_CHEAP_ITEMS = 2_500
 _EASE_L2 = 200.0
@@ -46,19 +47,23 @@ def item_knn(histories: Histories, neighbours: int = _NEIGHBOURS) -> Cooccurrenc
 
 
 def ease(
-    histories: Histories, l2: float = _EASE_L2, neighbours: int = _NEIGHBOURS, max_items: int = EASE_MAX_ITEMS
+    histories: Histories,
+    l2: float = _EASE_L2,
+    neighbours: int = _NEIGHBOURS,
+    max_items: int = EASE_MAX_ITEMS,
+    items_of_larger: int = EASE_ITEMS_OF_LARGER,
 ) -> CooccurrenceMatrix:
     """Returns the weights of EASE (Steck, 2019), the largest `neighbours` of each row by size.
 
     P = (X'X + l2 * 1)^-1,  B[i, j] = -P[i, j] / P[j, j],  B[i, i] = 0.
 
-    Of more than `max_items` items the most popular take part; the others have no weights.
+    Of more than `max_items` items the most popular `items_of_larger` take part; the others have no weights.
     """
     gram = _gram(histories)
     items = gram.shape[0]
     taking = np.arange(items)
     if items > max_items:
-        taking = np.sort(np.argsort(-gram.diagonal(), kind="stable")[:max_items])
+        taking = np.sort(np.argsort(-gram.diagonal(), kind="stable")[: min(max_items, items_of_larger)])
         gram = gram[taking][:, taking]
     inverse = _SymmetricInverse(gram, l2)
     diagonal_J = inverse.diagonal()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from services.trainer.pipeline.blend import Blend
+from services.trainer.pipeline.blend import CAUTIOUS, FORWARD, Blend
 from services.trainer.pipeline.dataset import EventColumns, Histories
 from services.trainer.pipeline.evaluation import BLEND
 from services.trainer.pipeline.report import Comparison, Report
@@ -107,8 +107,10 @@ def describe_blend(blend: Blend) -> list[str]:
         f"of popularity {blend.ndcg['popularity']:.4f}"
     )
     if blend.fell_back:
+        served = CAUTIOUS if blend.weights[FORWARD] else "popularity"
         return [
-            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}): popularity is served."
+            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}, of popularity "
+            f"with counts {blend.ndcg[CAUTIOUS]:.4f}): {served} is served."
         ]
     return [
         f"Blend weights learned from the validation events of {blend.people} people: {weights}.",

@@ -64,12 +64,14 @@ def measure(
     incumbent: Bundle | None,
     seed: int,
     check: Callable[[], None],
+    say: Callable[[str], None],
 ) -> Measured:
     """Ranks the test by every contestant.
 
     Args:
         training_terms: those of the training events, alone in a list, which is emptied: they are not held twice for long.
         check: called often; raises to stop.
+        say: is told what begins.
     """
     histories, test, exclude = prepared.histories, prepared.test, plan.exclude_seen
     training, before_test = prepared.training, prepared.before_test
@@ -93,23 +95,27 @@ def measure(
         del frozen
     training_terms.clear()
     check()
+    say("Counting the baselines.")
     neighbours = item_item_baselines(
         histories, training, before_test, prepared.validation, prepared.size.cooccurrence_window, exclude, plan.full_ladder
     )  # fmt: skip
     check()
     factors = {}
     if plan.full_ladder:
+        say("Training the founding model.")
         from services.trainer.pipeline.founding_model import train_founding_model
 
         factors[FOUNDING] = train_founding_model(
             training, before_test, histories, prepared.validation, test, exclude, seed, check
         )
+    say(f"Ranking {histories.item_count:,} items for {len(test):,} people by every contestant.")
     # Counts are no weights: like the histories, they are up to date when the test is taken.
     contestants = contestants_with(counted.with_validation(), neighbours=neighbours, factors=factors)
     climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
     best_B20, answered = climb.best_B20, test
     if plan.answer_everyone:
         answered = everyone(histories, prepared.answered_after_all_U)
+        say(f"Answering {len(answered):,} people.")
         best_B20 = best_items(
             histories, answered, model.encode(histories, answered), contestants, exclude, check=check
         )

@@ -152,14 +152,24 @@ def train_model(
 
     # The measured model may know the validation events: they are older than what it must foretell.
     passes_before = refit_with(prepared.before_test, 0, "the validation events", False)
-    report(
-        "EVALUATING",
-        f"Ranking {histories.item_count:,} items for {len(prepared.test):,} people.",
-        remaining_seconds=progress.seconds_left_refitting(passes, False),
-    )
+
+    def evaluating(what: str) -> None:
+        report("EVALUATING", what, remaining_seconds=progress.seconds_left_refitting(passes, False))
+
+    evaluating("Ranking by what is served.")
     cpu_seconds, wall_seconds = time.process_time() - cpu_before, time.monotonic() - wall_before
     measured = measure(
-        model, blend, terms, counted, prepared, plan, attributes_of, incumbent, seed, progress.check
+        model,
+        blend,
+        terms,
+        counted,
+        prepared,
+        plan,
+        attributes_of,
+        incumbent,
+        seed,
+        progress.check,
+        evaluating,
     )
     reached = measured.report.ladder[0].metrics
     report(

@@ -11,6 +11,7 @@ drawn alike for all tokens, a token's own targets left out, or are the whole cat
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -226,6 +227,10 @@ class SequenceModel:
     def end_training(self) -> None:
         """Gives back what only training needs: three times the tables. Afterwards the model can be read alone."""
         self._moments, self._averages = [], []
+        # The graphs hold what they have captured, in circles.
+        self._steps.clear()
+        del self._average_step
+        gc.collect()
 
     # ---- reading it
 
