@@ -36,6 +36,7 @@ from services.profile.converters.churn import ChurnConverter
 from services.profile.converters.item_files import ItemDirectory
 from services.profile.converters.items import encode_item
 from services.profile.converters.profiles import ProfileConverter
+from services.profile.converters.segment_language import parse_filter
 from services.profile.converters.segments import SegmentConverter
 from services.profile.domain.churn_risk import ChurnRisk
 from services.profile.domain.content_space import DIMENSION
@@ -62,6 +63,7 @@ from services.profile.use_cases.item_imports import ManageItemImports, RunItemIm
 from services.profile.use_cases.item_portraits import ItemPortraits
 from services.profile.use_cases.item_vectors import ItemVectors
 from services.profile.use_cases.live_histories import LiveHistories
+from services.profile.use_cases.memberships import Memberships
 from services.profile.use_cases.merged_users import MergedUsers
 from services.profile.use_cases.population import PopulationWatch
 from services.profile.use_cases.profiles import Profiles
@@ -107,6 +109,7 @@ class Profile:
     vectors: ItemVectors
     churn: ChurnWatch
     population: PopulationWatch
+    memberships: Memberships
     merges: PostgresMerges
     pseudonymizer: Pseudonymizer
     store: catalogue_storage.PostgresCatalogue
@@ -163,7 +166,6 @@ class Profile:
             clock_us,
             RecommendEmbeddings(channel),
         )
-        converter = ProfileConverter(pseudonymizer, signer, items, currencies, profiles.summary)
         churn = ChurnWatch(
             purchases,
             ChurnModels(settings.registry_path, read_verifying_key(settings.keys_path)),
@@ -199,6 +201,22 @@ class Profile:
             known = churn.risk_of(user_key)
             return known[1] if known else None
 
+        memberships = Memberships(
+            segments,
+            parse_filter,
+            profiles.portrait,
+            lambda user_key: risk_of(merged.of(user_key)),
+            settings.segment_seconds,
+        )
+        converter = ProfileConverter(
+            pseudonymizer,
+            signer,
+            items,
+            currencies,
+            profiles.summary,
+            memberships.of,
+            lambda: memberships.revision,
+        )
         return cls(
             database,
             follower,
@@ -207,6 +225,7 @@ class Profile:
             vectors,
             churn,
             population,
+            memberships,
             merges,
             pseudonymizer,
             store,
@@ -268,6 +287,7 @@ class Profile:
             ("item-vectors", self.vectors.run),
             ("watch-churn", self.churn.run),
             ("watch-population", self.population.run),
+            ("watch-segments", self.memberships.run),
             ("bring-merges-forward", self._bring_merges_forward),
             *((f"listen-{number}", listener.run) for number, listener in enumerate(self.listeners)),
         ]
@@ -305,6 +325,7 @@ class Profile:
         self.vectors.stop()
         self.churn.stop()
         self.population.stop()
+        self.memberships.stop()
         for listener in self.listeners:
             listener.stop()
 

@@ -37,6 +37,9 @@ class ProfileSettings(ServiceSettings):
     population_seconds: float = Field(
         300.0, gt=0, description="How often the fifths of all shoppers are computed anew."
     )
+    segment_seconds: float = Field(
+        5.0, gt=0, description="How often segments are read anew, for what live profiles tell of them."
+    )
     margin_share: float = Field(
         1.0,
         gt=0,

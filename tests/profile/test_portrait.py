@@ -29,6 +29,7 @@ from services.profile.domain.population import Population
 from services.profile.domain.portrait import (
     DAY_US,
     UNKNOWN_ITEM,
+    Summary,
     Facet,
     Horizon,
     ItemFacts,
@@ -262,7 +263,8 @@ def test_every_number_is_finite_and_in_its_range(events: list[Any]) -> None:
         assert interest.evidence_count >= 1
     assert sum(hour.evidence_count for hour in portrait.preferred_hours) == len(events)
     assert len(user_portrait(portrait).SerializeToString()) > 0
-    summary = fold_summary(window, items, lambda i: FACTS.get(i, UNKNOWN_ITEM))
+    summary = fold_summary(window, items, lambda i: FACTS.get(i, UNKNOWN_ITEM), NOW_US)
+    assert summary == Summary.of(portrait)
     assert summary.order_count == portrait.rfm.order_count
     assert summary.price_level == portrait.purchasing_power.price_level
 

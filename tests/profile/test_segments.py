@@ -9,14 +9,22 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
-from shopkeeper.profile.v1 import catalog_service_pb2, segment_pb2
+from shopkeeper.profile.v1 import catalog_service_pb2, segment_pb2, user_portrait_pb2
 from shopkeeper.profile.v1 import profile_service_pb2 as pb
 
+from services.profile.__main__ import Profile
 from services.profile.converters.segment_language import parse_filter
+from services.profile.domain.events import EMPTY_WINDOW, Vocabulary
+from services.profile.domain.messages import Reading
+from services.profile.domain.portrait import UNKNOWN_ITEM, Portrait
+from services.profile.domain.portrait_fold import fold_portrait
+from services.profile.domain.segments import Segment
+from services.profile.use_cases.memberships import MEMBERSHIP_SECONDS, Memberships
 from shared import grpc_status
 from shared.errors import InvalidInput
 from shared.event_kinds import EventKind
-from tests.profile.conftest import Shop, eventually, item
+from shared.identity import UserKey
+from tests.profile.conftest import Log, Shop, eventually, item
 
 
 def reason_of(call: Callable[[], Any]) -> str:
@@ -177,3 +185,68 @@ def test_a_malformed_segment_is_refused(shop: Shop, fields: dict[str, str], reas
 
 def _renamed(fields: dict[str, str]) -> dict[str, str]:
     return {("expression" if name == "filter" else name): value for name, value in fields.items()}
+
+
+def test_live_profiles_tell_the_stage_and_the_segments(
+    start_profile: Callable[..., tuple[Profile, Any]], log: Log
+) -> None:
+    service, channel = start_profile(segment_seconds=0.05)
+    shop = Shop(service, channel, log)
+    create(shop, "buyers", "rfm.order_count >= 1")
+    create(shop, "lookers", "rfm.order_count = 0")
+    now = datetime.now(UTC)
+    shop.log.record("ann", EventKind.ITEM_VIEW, "cup", at=now)
+
+    def summary(user_id: str) -> Any:
+        request = pb.GetProfileRequest(user_id=user_id, view=pb.PROFILE_VIEW_LIVE)
+        return shop.profiles.GetProfile(request).live.summary
+
+    eventually(lambda: list(summary("ann").segment_ids) == ["lookers"], "the segments to be known")
+    assert summary("ann").life_cycle_stage == user_portrait_pb2.LIFE_CYCLE_STAGE_PROSPECT
+    stranger = summary("nobody")
+    assert (stranger.life_cycle_stage, list(stranger.segment_ids)) == (0, ["lookers"])
+
+    # A segment that is changed holds for whoever is asked for next, though they did nothing.
+    shop.profiles.UpdateSegment(
+        pb.UpdateSegmentRequest(
+            segment=segment_pb2.Segment(segment_id="buyers", filter="event_count >= 1")
+        )
+    )
+    eventually(lambda: list(summary("ann").segment_ids) == ["buyers", "lookers"], "the new filter")
+    shop.log.consent("ann", False)
+    eventually(lambda: not summary("ann").segment_ids, "consent to be heeded")
+
+
+def test_a_shopper_is_looked_at_once_a_minute_and_whenever_a_segment_changes() -> None:
+    looked: list[UserKey] = []
+    clock = [0.0]
+    store = Stored({"buyers": "rfm.order_count >= 1"})
+    items, currencies = Vocabulary(), Vocabulary()
+
+    def portrait(reading: Reading) -> Portrait:
+        looked.append(reading.user_key)
+        return fold_portrait(reading.window, items, currencies, lambda _: UNKNOWN_ITEM, 0)
+
+    memberships = Memberships(store, parse_filter, portrait, lambda _: None, 1.0, lambda: clock[0])  # type: ignore[arg-type]
+    reading = Reading(UserKey(b"k" * 16), EMPTY_WINDOW, 1)
+    assert memberships.of(reading) == ()
+    assert not looked, "without a segment nobody is folded"
+    memberships.look()
+    assert [memberships.of(reading) for _ in range(3)] == [()] * 3
+    assert len(looked) == 1
+    clock[0] = MEMBERSHIP_SECONDS
+    memberships.of(reading)
+    assert len(looked) == 2
+    store.filters["lookers"] = "rfm.order_count = 0"
+    store.filters["odd"] = "written by a newer version"
+    memberships.look()
+    assert memberships.of(reading) == ("lookers",)
+    assert len(looked) == 3
+
+
+class Stored:
+    def __init__(self, filters: dict[str, str]) -> None:
+        self.filters = filters
+
+    def page(self, after_segment_id: str, limit: int) -> list[Segment]:
+        return [Segment(name, "", "", text) for name, text in sorted(self.filters.items())]

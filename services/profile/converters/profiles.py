@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import live_profile_pb2, profile_service_pb2, user_portrait_pb2
@@ -37,6 +37,8 @@ class ProfileConverter:
     Args:
         items, currencies: what the codes of events stand for.
         summary: computes the summary of a reading.
+        segments: the ids of the segments that a shopper is in; the portrait is given where it is at hand.
+        segments_revision: changes when the answers of `segments` may.
     """
 
     def __init__(
@@ -46,13 +48,19 @@ class ProfileConverter:
         items: Vocabulary,
         currencies: Vocabulary,
         summary: Callable[[Reading], domain.Summary],
+        segments: Callable[[Reading, domain.Portrait | None], Sequence[str]],
+        segments_revision: Callable[[], int],
     ) -> None:
         self._pseudonymizer = pseudonymizer
         self._signer = signer
         self._items = items
         self._currencies = currencies
         self._summary = summary
-        self._cache: OrderedDict[UserKey, tuple[int, live_profile_pb2.LiveProfile]] = OrderedDict()
+        self._segments = segments
+        self._segments_revision = segments_revision
+        self._cache: OrderedDict[UserKey, tuple[tuple[int, int], live_profile_pb2.LiveProfile]] = (
+            OrderedDict()
+        )
         self._cache_lock = threading.Lock()
 
     def user_key(
@@ -151,7 +159,7 @@ class ProfileConverter:
             known = portrait(reading)
             profile.portrait.MergeFrom(user_portrait(known))
         if view != View.PROFILE_VIEW_PORTRAIT:
-            profile.live.MergeFrom(self._shared(reading, domain.Summary.of(known) if known else None))
+            profile.live.MergeFrom(self._shared(reading, known))
             profile.live.watermark = watermark.encode()
         return profile
 
@@ -171,32 +179,35 @@ class ProfileConverter:
         return response
 
     def _shared(
-        self, reading: Reading, summary: domain.Summary | None = None
+        self, reading: Reading, known: domain.Portrait | None = None
     ) -> live_profile_pb2.LiveProfile:
         # Every watcher gets the same profile, and recommend often asks for who just changed.
+        version = (reading.version, self._segments_revision())
         with self._cache_lock:
             cached = self._cache.get(reading.user_key)
-            if cached is not None and cached[0] == reading.version:
+            if cached is not None and cached[0] == version:
                 self._cache.move_to_end(reading.user_key)
                 return cached[1]
-        live = self._build(reading, summary)
+        live = self._build(reading, known)
         with self._cache_lock:
-            self._cache[reading.user_key] = (reading.version, live)
+            self._cache[reading.user_key] = (version, live)
             self._cache.move_to_end(reading.user_key)
             while len(self._cache) > CACHED_PROFILES:
                 self._cache.popitem(last=False)
         return live
 
-    def _build(self, reading: Reading, known: domain.Summary | None) -> live_profile_pb2.LiveProfile:
+    def _build(self, reading: Reading, known: domain.Portrait | None) -> live_profile_pb2.LiveProfile:
         window = reading.window
         live = live_profile_pb2.LiveProfile(user_key=reading.user_key, personalisation=window.personalisation)
         if window.personalisation:
             live.history.extend(self._history(window))
-            summary = known or self._summary(reading)
+            summary = domain.Summary.of(known) if known else self._summary(reading)
             live.summary.event_count = summary.event_count
             live.summary.order_count = summary.order_count
             live.summary.price_level = summary.price_level.value
             live.summary.price_level_evidence_count = summary.price_level.evidence_count
+            live.summary.life_cycle_stage = summary.life_cycle_stage  # type: ignore[assignment]
+            live.summary.segment_ids.extend(self._segments(reading, known))
             if summary.first_us is not None and summary.last_us is not None:
                 live.summary.first_event_time.CopyFrom(timestamp(summary.first_us))
                 live.summary.last_event_time.CopyFrom(timestamp(summary.last_us))

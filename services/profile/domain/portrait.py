@@ -217,6 +217,7 @@ class Summary:
     first_us: int | None
     last_us: int | None
     price_level: Estimate
+    life_cycle_stage: LifeCycleStage
 
     @classmethod
     def of(cls, portrait: Portrait) -> Summary:
@@ -227,4 +228,5 @@ class Summary:
             portrait.first_us,
             portrait.last_us,
             portrait.purchasing_power.price_level,
+            portrait.life_cycle_stage,
         )

@@ -223,7 +223,7 @@ def fold_portrait(
         last_us=max(times) if times else None,
         activity=tuple(KindActivity(kind, *entry[:3]) for kind, entry in sorted(activity.items())),
         rfm=rfm,
-        life_cycle_stage=_life_cycle_stage(count, rfm),
+        life_cycle_stage=_life_cycle_stage(count, rfm.order_count, rfm.recency_days.value),
         interests=_interests(evidence_of),
         purchasing_power=_purchasing_power(evidence_of, purchases, currencies, rfm.currency_code),
         preferred_hours=tuple(
@@ -242,8 +242,8 @@ def fold_portrait(
     )
 
 
-def fold_summary(window: EventWindow, items: Vocabulary, lookup: ItemLookup) -> Summary:
-    """Returns the summary of the same events, at a fraction of the cost of the portrait."""
+def fold_summary(window: EventWindow, items: Vocabulary, lookup: ItemLookup, now_us: int) -> Summary:
+    """Returns the summary of the same events, at a fraction of the cost of the portrait; see `fold_portrait`."""
     events = window.personal_events
     touched: dict[int, _Evidence] = {}
     orders = set()
@@ -263,12 +263,17 @@ def fold_summary(window: EventWindow, items: Vocabulary, lookup: ItemLookup) -> 
             evidence[0] += 1
             evidence[1] += interest
     times = events["occurred_at_us"]
+    recency_days = 0.0
+    if orders:
+        last_us = int(times[events["kind"] == _PURCHASE].max())
+        recency_days = max(0.0, (now_us - last_us) / DAY_US)
     return Summary(
         event_count=len(events),
         order_count=len(orders),
         first_us=int(times.min()) if len(times) else None,
         last_us=int(times.max()) if len(times) else None,
         price_level=_price_level([(lookup(items[item]), evidence) for item, evidence in touched.items()]),
+        life_cycle_stage=_life_cycle_stage(len(events), len(orders), recency_days),
     )
 
 
@@ -362,18 +367,18 @@ def _rfm(purchases: _Purchases, currencies: Vocabulary, now_us: int, population:
     )
 
 
-def _life_cycle_stage(event_count: int, rfm: Rfm) -> LifeCycleStage:
+def _life_cycle_stage(event_count: int, order_count: int, recency_days: float) -> LifeCycleStage:
     if not event_count:
         return LifeCycleStage.UNSPECIFIED
-    if not rfm.order_count:
+    if not order_count:
         return LifeCycleStage.PROSPECT
-    if rfm.recency_days.value > 365:
+    if recency_days > 365:
         return LifeCycleStage.LOST
-    if rfm.recency_days.value > 90:
+    if recency_days > 90:
         return LifeCycleStage.LAPSING
-    if rfm.order_count >= 5:
+    if order_count >= 5:
         return LifeCycleStage.LOYAL
-    return LifeCycleStage.ACTIVE if rfm.order_count >= 2 else LifeCycleStage.NEW
+    return LifeCycleStage.ACTIVE if order_count >= 2 else LifeCycleStage.NEW
 
 
 def _price_level(evidence_of: list[tuple[ItemFacts, _Evidence]]) -> Estimate:

@@ -142,7 +142,7 @@ class Profiles:
 
     def summary(self, reading: Reading) -> Summary:
         """Returns the summary of a shopper."""
-        return fold_summary(reading.window, self._items, self._lookup)
+        return fold_summary(reading.window, self._items, self._lookup, self._clock_us())
 
     def watch(
         self,

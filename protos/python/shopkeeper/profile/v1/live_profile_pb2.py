@@ -24,19 +24,20 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from shopkeeper.feedback.v1 import event_kind_pb2 as shopkeeper_dot_feedback_dot_v1_dot_event__kind__pb2
+from shopkeeper.profile.v1 import user_portrait_pb2 as shopkeeper_dot_profile_dot_v1_dot_user__portrait__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(shopkeeper/profile/v1/live_profile.proto\x12\x15shopkeeper.profile.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'shopkeeper/feedback/v1/event_kind.proto\"\xba\x01\n\x0bLiveProfile\x12\x10\n\x08user_key\x18\x01 \x01(\x0c\x12\x34\n\x07history\x18\x02 \x03(\x0b\x32#.shopkeeper.profile.v1.HistoryEvent\x12\x11\n\twatermark\x18\x03 \x01(\x0c\x12\x17\n\x0fpersonalisation\x18\x04 \x01(\x08\x12\x37\n\x07summary\x18\x05 \x01(\x0b\x32&.shopkeeper.profile.v1.PortraitSummary\"\xa7\x02\n\x0cHistoryEvent\x12\x11\n\tevent_key\x18\x01 \x01(\x0c\x12\x0c\n\x04line\x18\x02 \x01(\x05\x12/\n\x04kind\x18\x03 \x01(\x0e\x32!.shopkeeper.feedback.v1.EventKind\x12\x0f\n\x07item_id\x18\x04 \x01(\t\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08quantity\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x0cprice_micros\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\rcurrency_code\x18\x08 \x01(\t\x12\x12\n\x05value\x18\t \x01(\x02H\x02\x88\x01\x01\x42\x0b\n\t_quantityB\x0f\n\r_price_microsB\x08\n\x06_value\"\xdf\x01\n\x0fPortraitSummary\x12\x13\n\x0b\x65vent_count\x18\x01 \x01(\x03\x12\x13\n\x0border_count\x18\x02 \x01(\x03\x12\x34\n\x10\x66irst_event_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bprice_level\x18\x05 \x01(\x01\x12\"\n\x1aprice_level_evidence_count\x18\x06 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(shopkeeper/profile/v1/live_profile.proto\x12\x15shopkeeper.profile.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\'shopkeeper/feedback/v1/event_kind.proto\x1a)shopkeeper/profile/v1/user_portrait.proto\"\xba\x01\n\x0bLiveProfile\x12\x10\n\x08user_key\x18\x01 \x01(\x0c\x12\x34\n\x07history\x18\x02 \x03(\x0b\x32#.shopkeeper.profile.v1.HistoryEvent\x12\x11\n\twatermark\x18\x03 \x01(\x0c\x12\x17\n\x0fpersonalisation\x18\x04 \x01(\x08\x12\x37\n\x07summary\x18\x05 \x01(\x0b\x32&.shopkeeper.profile.v1.PortraitSummary\"\xa7\x02\n\x0cHistoryEvent\x12\x11\n\tevent_key\x18\x01 \x01(\x0c\x12\x0c\n\x04line\x18\x02 \x01(\x05\x12/\n\x04kind\x18\x03 \x01(\x0e\x32!.shopkeeper.feedback.v1.EventKind\x12\x0f\n\x07item_id\x18\x04 \x01(\t\x12/\n\x0boccurred_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08quantity\x18\x06 \x01(\x02H\x00\x88\x01\x01\x12\x19\n\x0cprice_micros\x18\x07 \x01(\x03H\x01\x88\x01\x01\x12\x15\n\rcurrency_code\x18\x08 \x01(\t\x12\x12\n\x05value\x18\t \x01(\x02H\x02\x88\x01\x01\x42\x0b\n\t_quantityB\x0f\n\r_price_microsB\x08\n\x06_value\"\xb5\x02\n\x0fPortraitSummary\x12\x13\n\x0b\x65vent_count\x18\x01 \x01(\x03\x12\x13\n\x0border_count\x18\x02 \x01(\x03\x12\x34\n\x10\x66irst_event_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bprice_level\x18\x05 \x01(\x01\x12\"\n\x1aprice_level_evidence_count\x18\x06 \x01(\x03\x12?\n\x10life_cycle_stage\x18\x07 \x01(\x0e\x32%.shopkeeper.profile.v1.LifeCycleStage\x12\x13\n\x0bsegment_ids\x18\x08 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shopkeeper.profile.v1.live_profile_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIVEPROFILE']._serialized_start=142
-  _globals['_LIVEPROFILE']._serialized_end=328
-  _globals['_HISTORYEVENT']._serialized_start=331
-  _globals['_HISTORYEVENT']._serialized_end=626
-  _globals['_PORTRAITSUMMARY']._serialized_start=629
-  _globals['_PORTRAITSUMMARY']._serialized_end=852
+  _globals['_LIVEPROFILE']._serialized_start=185
+  _globals['_LIVEPROFILE']._serialized_end=371
+  _globals['_HISTORYEVENT']._serialized_start=374
+  _globals['_HISTORYEVENT']._serialized_end=669
+  _globals['_PORTRAITSUMMARY']._serialized_start=672
+  _globals['_PORTRAITSUMMARY']._serialized_end=981
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from shopkeeper.feedback.v1 import event_kind_pb2 as _event_kind_pb2
+from shopkeeper.profile.v1 import user_portrait_pb2 as _user_portrait_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -160,6 +161,8 @@ class PortraitSummary(_message.Message):
     LAST_EVENT_TIME_FIELD_NUMBER: _builtins.int
     PRICE_LEVEL_FIELD_NUMBER: _builtins.int
     PRICE_LEVEL_EVIDENCE_COUNT_FIELD_NUMBER: _builtins.int
+    LIFE_CYCLE_STAGE_FIELD_NUMBER: _builtins.int
+    SEGMENT_IDS_FIELD_NUMBER: _builtins.int
     event_count: _builtins.int
     """Events known of the shopper, of every kind, at most the size of the
     window that portraits are made from.
@@ -172,6 +175,10 @@ class PortraitSummary(_message.Message):
     """
     price_level_evidence_count: _builtins.int
     """How many events the price level rests on; 0 when unknown."""
+    life_cycle_stage: _user_portrait_pb2.LifeCycleStage.ValueType
+    """Where the shopper stands in the life of a customer, as of their newest event
+    or the call. Unspecified without events.
+    """
     @_builtins.property
     def first_event_time(self) -> _timestamp_pb2.Timestamp:
         """When the oldest known event happened. Not set without events."""
@@ -179,6 +186,13 @@ class PortraitSummary(_message.Message):
     @_builtins.property
     def last_event_time(self) -> _timestamp_pb2.Timestamp:
         """When the newest known event happened. Not set without events."""
+
+    @_builtins.property
+    def segment_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The segments (`CreateSegment`) that the shopper is in, by ascending id, of the
+        first 50 that there are. At most a minute older than the shopper's newest
+        event, so that clicks stay cheap.
+        """
 
     def __init__(
         self,
@@ -189,10 +203,12 @@ class PortraitSummary(_message.Message):
         last_event_time: _timestamp_pb2.Timestamp | None = ...,
         price_level: _builtins.float = ...,
         price_level_evidence_count: _builtins.int = ...,
+        life_cycle_stage: _user_portrait_pb2.LifeCycleStage.ValueType = ...,
+        segment_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_event_time", b"first_event_time", "last_event_time", b"last_event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "first_event_time", b"first_event_time", "last_event_time", b"last_event_time", "order_count", b"order_count", "price_level", b"price_level", "price_level_evidence_count", b"price_level_evidence_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "first_event_time", b"first_event_time", "last_event_time", b"last_event_time", "life_cycle_stage", b"life_cycle_stage", "order_count", b"order_count", "price_level", b"price_level", "price_level_evidence_count", b"price_level_evidence_count", "segment_ids", b"segment_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
