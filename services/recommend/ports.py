@@ -228,11 +228,16 @@ class CatalogSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LiveHistory:
-    """What the profile service knows of one shopper's recent events."""
+    """What the profile service knows of one shopper's recent events.
+
+    Attributes:
+        segments: those the shopper is in, their stage of life ("stage:…") among them.
+    """
 
     history: History
     personalisation: bool
     watermark: bytes
+    segments: Sequence[str] = ()
 
 
 class LiveProfiles(Protocol):
@@ -305,7 +310,7 @@ class Codec(Protocol):
         """Returns the document of a serving config."""
 
     def decode_config(self, document_id: str, content: bytes) -> ServingConfig:
-        """Returns the serving config of a document; raises InvalidInput, Unimplemented."""
+        """Returns the serving config of a document; raises InvalidInput."""
 
     def encode_rule(self, rule: Rule) -> bytes:
         """Returns the document of a rule."""

@@ -29,11 +29,11 @@ from services.profile.domain.population import Population
 from services.profile.domain.portrait import (
     DAY_US,
     UNKNOWN_ITEM,
-    Summary,
     Facet,
     Horizon,
     ItemFacts,
     LifeCycleStage,
+    Summary,
 )
 from services.profile.domain.portrait_fold import fold_portrait, fold_summary
 from shared.event_kinds import EventKind

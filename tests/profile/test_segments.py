@@ -208,9 +208,7 @@ def test_live_profiles_tell_the_stage_and_the_segments(
 
     # A segment that is changed holds for whoever is asked for next, though they did nothing.
     shop.profiles.UpdateSegment(
-        pb.UpdateSegmentRequest(
-            segment=segment_pb2.Segment(segment_id="buyers", filter="event_count >= 1")
-        )
+        pb.UpdateSegmentRequest(segment=segment_pb2.Segment(segment_id="buyers", filter="event_count >= 1"))
     )
     eventually(lambda: list(summary("ann").segment_ids) == ["buyers", "lookers"], "the new filter")
     shop.log.consent("ann", False)

@@ -145,6 +145,8 @@ class FakeProfile(
         self.log_read_at: float | None = None
         self.lags = False
         self.consents: dict[bytes, bool] = {}
+        self.segments: dict[bytes, list[str]] = {}
+        self.stages: dict[bytes, int] = {}
 
     def record(self, user_key: bytes, *events: tuple[str, EventKind], at: float | None = None) -> int:
         """Appends events of a shopper and returns the xid of their commit."""
@@ -253,12 +255,15 @@ class FakeProfile(
         history = sorted(
             self._histories.get(user_key, []), key=lambda event: event.occurred_at.ToNanoseconds()
         )
-        return live_profile_pb2.LiveProfile(
+        live = live_profile_pb2.LiveProfile(
             user_key=user_key,
             history=history[::-1][:200] if consent else [],
             watermark=self._watermark(xid),
             personalisation=consent,
         )
+        live.summary.segment_ids.extend(self.segments.get(user_key, ()))
+        live.summary.life_cycle_stage = self.stages.get(user_key, 0)  # type: ignore[assignment]
+        return live
 
     @staticmethod
     def _watermark(xid: int) -> bytes:

@@ -194,8 +194,14 @@ def test_where_the_candidates_are_all_filtered_out_every_item_that_is_left_is_sc
     eligible_R = np.arange(2_000) >= 1_500
     history = History(np.array([0], np.int32), np.array([3], np.int32), np.zeros(1))
     scores = scoring.searched_scores(
-        world, model, history, LiveCounts(), 0.0, eligible_R, 100, np.empty(0, np.int32)  # type: ignore[arg-type]
-    )  # fmt: skip
+        world,
+        model,  # type: ignore[arg-type]
+        history,
+        lambda: scoring.popular_scores(world, LiveCounts(), 0.0),
+        eligible_R,
+        100,
+        np.empty(0, np.int32),
+    )
     assert np.isfinite(scores.score_R[1_500:]).all()
     assert scores.rows_C is not None
     assert set(range(1_500, 2_000)) <= set(scores.rows_C.tolist())

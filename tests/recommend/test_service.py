@@ -14,10 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import item_pb2
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommendation_pb2
-from shopkeeper.recommend.v1.recommendation_pb2 import CANDIDATE_SOURCE_POPULAR_IN_SEGMENT
-from shopkeeper.recommend.v1.serving_config_pb2 import ServingConfig
 
-from shared.errors import InvalidInput, NotFound, ShopkeeperError, Unimplemented
+from shared.errors import InvalidInput, NotFound, ShopkeeperError
 from shared.event_kinds import EventKind
 from shared.grpc_status import from_rpc_error
 from shared.tokens import AttributionToken
@@ -497,19 +495,6 @@ class TestOtherQuestions:
         assert got.built_in
         error = failure(lambda: recommend(shop, serving_config="nope"))
         assert (error.reason, error.metadata) == ("SERVING_CONFIG_NOT_FOUND", {"servingConfigId": "nope"})
-
-    def test_what_is_not_built_says_what_to_use_instead(self, shop: Shop) -> None:
-        request = pb.CreateServingConfigRequest(
-            serving_config_id="mine",
-            serving_config={
-                "scorer": ServingConfig.SCORER_WEIGHTED_SUM,
-                "sources": [{"source": CANDIDATE_SOURCE_POPULAR_IN_SEGMENT, "weight": 1}],
-            },
-        )
-        error = failure(lambda: shop.stub.CreateServingConfig(request))
-        assert isinstance(error, Unimplemented)
-        assert error.reason == "NOT_BUILT_YET"
-        assert "use CANDIDATE_SOURCE_POPULAR." in error.message
 
     def test_every_wrong_field_is_named_at_once(self, shop: Shop) -> None:
         error = failure(

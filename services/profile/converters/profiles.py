@@ -178,9 +178,7 @@ class ProfileConverter:
             response.watermark_time.CopyFrom(timestamp(message.watermark_time_us))
         return response
 
-    def _shared(
-        self, reading: Reading, known: domain.Portrait | None = None
-    ) -> live_profile_pb2.LiveProfile:
+    def _shared(self, reading: Reading, known: domain.Portrait | None = None) -> live_profile_pb2.LiveProfile:
         # Every watcher gets the same profile, and recommend often asks for who just changed.
         version = (reading.version, self._segments_revision())
         with self._cache_lock:

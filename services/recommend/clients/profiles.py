@@ -10,7 +10,12 @@ from typing import Any
 
 import grpc
 import numpy as np
-from shopkeeper.profile.v1 import live_profile_pb2, profile_service_pb2, profile_service_pb2_grpc
+from shopkeeper.profile.v1 import (
+    live_profile_pb2,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+    user_portrait_pb2,
+)
 
 from services.recommend.clients.stream import ReconnectingStream
 from services.recommend.domain.history import MAX_EVENTS, History
@@ -196,7 +201,8 @@ class ProfileClient:
         """Takes a live profile in, unless a newer one of the shopper is here; returns the newer."""
         position = Watermark.decode(live.watermark).xmax if live.watermark else 0
         history = self._history(live)
-        made = LiveHistory(history, live.personalisation, live.watermark)
+        segments = segments_of(live)
+        made = LiveHistory(history, live.personalisation, live.watermark, segments)
         with self._lock:
             held = self._profiles.get(live.user_key)
             if held is not None and self._position.get(live.user_key, 0) > position:
@@ -210,7 +216,7 @@ class ProfileClient:
             if len(self._profiles) > self._max_profiles:
                 dropped, _ = self._profiles.popitem(last=False)
                 self._position.pop(dropped, None)
-        self._counts.record(live.user_key, history.rows_N, history.kinds_N, history.times_N)
+        self._counts.record(live.user_key, history.rows_N, history.kinds_N, history.times_N, segments)
         if fresh and len(history):
             lag = time.time() - float(history.times_N[-1])
             if 0 <= lag < _LAG_OF_INTEREST_SECONDS:
@@ -232,6 +238,26 @@ class ProfileClient:
             [e.occurred_at.seconds + e.occurred_at.nanos * 1e-9 for e in events], dtype=np.float64
         )
         return History(rows_N, np.array([event.kind for event in events], dtype=np.int32), times_N)
+
+
+_STAGE_OF = {
+    number: "stage:" + name.removeprefix("LIFE_CYCLE_STAGE_").lower()
+    for name, number in user_portrait_pb2.LifeCycleStage.items()
+    if number
+}
+# Who has done nothing yet has not bought either.
+_STAGE_OF[user_portrait_pb2.LIFE_CYCLE_STAGE_UNSPECIFIED] = _STAGE_OF[
+    user_portrait_pb2.LIFE_CYCLE_STAGE_PROSPECT
+]
+
+
+def segments_of(live: live_profile_pb2.LiveProfile) -> tuple[str, ...]:
+    """Returns the segments of a shopper; none of one who does not consent to personalisation."""
+    if not live.personalisation:
+        return ()
+    stage = _STAGE_OF.get(live.summary.life_cycle_stage)
+    segments = tuple(live.summary.segment_ids)
+    return segments if stage is None else (*segments, stage)
 
 
 class _Flight:

@@ -13,7 +13,6 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import rule_pb2, serving_config_pb2
-from shopkeeper.recommend.v1.recommendation_pb2 import CANDIDATE_SOURCE_POPULAR_IN_SEGMENT
 
 from services.recommend.converters.filter_language import FilterLanguage
 from services.recommend.converters.requests import Checker
@@ -27,7 +26,6 @@ from services.recommend.domain.serving_config import (
     ServingConfig,
 )
 from services.recommend.domain.source import DEFAULT_CANDIDATE_LIMIT, Source, SourceWeight
-from shared.errors import Unimplemented
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", int, float)
@@ -101,7 +99,6 @@ class ConfigurationConverter:
 
         Raises:
             InvalidInput: INVALID_REQUEST, INVALID_FILTER; every violation that was found.
-            Unimplemented: NOT_BUILT_YET, for what is part of the contract and not built.
         """
         check = Checker(prefix)
         _display_name(check, message.display_name)
@@ -196,12 +193,6 @@ class ConfigurationConverter:
         found: list[SourceWeight] = []
         for n, entry in enumerate(message.sources[:MAX_SOURCES]):
             path = f"sources[{n}]"
-            if entry.source == CANDIDATE_SOURCE_POPULAR_IN_SEGMENT:
-                raise Unimplemented(
-                    "NOT_BUILT_YET",
-                    f"{check.path(path)}.source CANDIDATE_SOURCE_POPULAR_IN_SEGMENT is not built yet; use "
-                    "CANDIDATE_SOURCE_POPULAR.",
-                )
             _within(check, f"{path}.weight", entry.weight, 0, _MAX_WEIGHT)
             _within(check, f"{path}.candidate_limit", entry.candidate_limit, 0, _MAX_CANDIDATES)
             if entry.source not in _WEIGHED_SOURCES:

@@ -204,6 +204,7 @@ def reason_of(reason: Reason) -> recommendation_pb2.Reason:
         contribution=reason.contribution,
         text=reason.text,
         rule_id=reason.rule_id,
+        segment_id=reason.segment_id,
     )
     if reason.source_event_time is not None:
         message.source_event_time.CopyFrom(timestamp_of(reason.source_event_time))

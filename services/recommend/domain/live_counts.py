@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from services.recommend.domain.segment_counts import SegmentCounts, SegmentPopularity
 from shared.event_kinds import INTEREST_KINDS
 
 Float32 = npt.NDArray[np.float32]
@@ -40,6 +42,7 @@ class LiveCounts:
         self._decayed_R: npt.NDArray[np.float64] = np.zeros(1024)
         self._landmark: float | None = None
         self._buckets: dict[int, dict[int, int]] = {}
+        self._segments = SegmentCounts()
         self.event_count = 0
 
     def record(
@@ -48,8 +51,9 @@ class LiveCounts:
         rows_N: npt.NDArray[np.int32],
         kinds_N: npt.NDArray[np.int32],
         times_N: npt.NDArray[np.float64],
+        segments: Sequence[str] = (),
     ) -> None:
-        """Counts what is new in a history (oldest first)."""
+        """Counts what is new in a history (oldest first), in each of the segments that the shopper is in now."""
         if not len(rows_N):
             return
         with self._lock:
@@ -60,7 +64,7 @@ class LiveCounts:
             if len(self._counted_until) > self._max_users:
                 self._counted_until.popitem(last=False)
             if new_N.any():
-                self._add(rows_N[new_N], times_N[new_N])
+                self._add(rows_N[new_N], times_N[new_N], segments)
 
     def forget(self, user_key: bytes) -> None:
         """Forgets a shopper; the counts, which name nobody, stay."""
@@ -78,6 +82,16 @@ class LiveCounts:
             popularity_R[:counted] = self._decayed_R[:counted] * scale
         return popularity_R
 
+    def popularity_in(self, segments: Sequence[str], now: float) -> SegmentPopularity | None:
+        """Returns decayed counts of the narrowest of the segments that has enough events; None where none has."""
+        if not segments:
+            return None
+        with self._lock:
+            if self._landmark is None:
+                return None
+            scale = 2.0 ** (-min(1000.0, (now - self._landmark) / HALF_LIFE_SECONDS))
+            return self._segments.narrowest(segments, scale)
+
     def trending(self, size: int, window_seconds: float, now: float) -> Float32:
         """Returns the events of each of the first `size` rows within the window, float32, (R,)."""
         first = math.floor((now - window_seconds) / BUCKET_SECONDS) + 1
@@ -90,14 +104,18 @@ class LiveCounts:
                             counts_R[row] += count
         return counts_R
 
-    def _add(self, rows: npt.NDArray[np.int32], times: npt.NDArray[np.float64]) -> None:
+    def _add(
+        self, rows: npt.NDArray[np.int32], times: npt.NDArray[np.float64], segments: Sequence[str]
+    ) -> None:
         self.event_count += len(rows)
         newest = float(times.max())
         if self._landmark is None:
             self._landmark = newest
         exponents = (times - self._landmark) / HALF_LIFE_SECONDS
         if newest > self._landmark and float(exponents.max()) > _MAX_EXPONENT:
-            self._decayed_R *= 2.0 ** ((self._landmark - newest) / HALF_LIFE_SECONDS)
+            factor = 2.0 ** ((self._landmark - newest) / HALF_LIFE_SECONDS)
+            self._decayed_R *= factor
+            self._segments.rescale(factor)
             self._landmark = newest
             exponents = (times - newest) / HALF_LIFE_SECONDS
         largest = int(rows.max())
@@ -105,7 +123,9 @@ class LiveCounts:
             grown = np.zeros(max(2 * len(self._decayed_R), largest + 1))
             grown[: len(self._decayed_R)] = self._decayed_R
             self._decayed_R = grown
-        np.add.at(self._decayed_R, rows, 2.0**exponents)
+        weights = 2.0**exponents
+        np.add.at(self._decayed_R, rows, weights)
+        self._segments.add(segments, rows, weights)
         buckets = (times // BUCKET_SECONDS).astype(np.int64)
         for bucket, row in zip(buckets.tolist(), rows.tolist(), strict=True):
             counts = self._buckets.setdefault(bucket, {})

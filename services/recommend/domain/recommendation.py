@@ -42,6 +42,7 @@ class ReasonKind(IntEnum):
     NEW_ITEM = 10
     RULE = 11
     EXPLORATION = 12
+    POPULAR_IN_SEGMENT = 13
 
 
 class Cause(IntEnum):
@@ -177,6 +178,7 @@ class Reason:
     source_event_time: float | None = None
     contribution: float = 0.0
     rule_id: str = ""
+    segment_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

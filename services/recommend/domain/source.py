@@ -15,6 +15,7 @@ class Source(IntEnum):
     BUY_AGAIN = 4
     TRENDING = 5
     NEW_ITEMS = 6
+    POPULAR_IN_SEGMENT = 7
     POPULAR = 8
     COSINE = 9
     RULE = 10

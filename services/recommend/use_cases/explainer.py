@@ -152,6 +152,16 @@ def _source_scores(ranking: Ranking, row: int) -> list[SourceScore]:
                 rank = int(np.count_nonzero(part.found_R > part.found_R[row])) + 1
                 found.append(SourceScore(part.source, value, part.contribution(row), rank))
         return found
+    if scores.in_segment_R is not None:
+        whole, counted = float(scores.score_R[row]), float(scores.in_segment_R[row])
+        if counted > 0:
+            rank = int(np.count_nonzero(scores.in_segment_R > counted)) + 1
+            found.append(SourceScore(Source.POPULAR_IN_SEGMENT, counted, counted, rank))
+        if whole > counted:
+            prior_R = scores.score_R - scores.in_segment_R
+            rank = int(np.count_nonzero(prior_R > prior_R[row])) + 1
+            found.append(SourceScore(Source.POPULAR, whole - counted, whole - counted, rank))
+        return found
     index = -1 if model is None else int(model.indices_of(np.array([row], np.int32))[0])
     if model is not None and index >= 0:
         companion, cooccurrence_I = scores.companion, scores.cooccurrence_I

@@ -22,12 +22,13 @@ _FETCH_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A shopper's events, and what is missing from them."""
+    """A shopper's events and segments, and what is missing from them."""
 
     history: History
     watermark: bytes
     degraded: Sequence[Degradation]
     state: StreamState | None = None
+    segments: Sequence[str] = ()
 
 
 class HistoryReader:
@@ -131,4 +132,4 @@ class HistoryReader:
                 ),
             ]
             return Reading(NO_HISTORY, found.watermark, degraded, state)
-        return Reading(found.history, found.watermark, degraded, state)
+        return Reading(found.history, found.watermark, degraded, state, found.segments)

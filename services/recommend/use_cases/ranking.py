@@ -53,6 +53,7 @@ class Ranking:
     deadline: float
     clock: Clock
     history: History = NO_HISTORY
+    segments: Sequence[str] = ()
     degraded: list[Degradation] = field(default_factory=list)
     stages: list[Stage] = field(default_factory=list)
     timings: list[tuple[str, float]] = field(default_factory=list)

@@ -58,6 +58,8 @@ def reasons_for(
             case Source.POPULAR:
                 if value > 0:
                     found[k] = [Reason(ReasonKind.POPULAR, "Popular in the shop", contribution=value)]
+            case Source.POPULAR_IN_SEGMENT:
+                found[k] = _popular_in_segment(scores, int(rows_K[k]), value)
             case Source.TRENDING:
                 found[k] = [Reason(ReasonKind.TRENDING, "Trending now", contribution=value)]
             case Source.NEW_ITEMS:
@@ -90,6 +92,35 @@ def reasons_for(
         for k, reasons in zip(personal, made, strict=True):
             found[k] = reasons
     return found
+
+
+_WHO_IS_OF_STAGE = {
+    "stage:prospect": "newcomers",
+    "stage:new": "new customers",
+    "stage:active": "active customers",
+    "stage:loyal": "loyal customers",
+    "stage:lapsing": "customers who come back seldom",
+    "stage:lost": "customers who come back after long",
+}
+
+
+def _popular_in_segment(scores: Scores, row: int, value: float) -> list[Reason]:
+    """Returns where most of the value comes from: the segment, or the shop whose popularity is its prior."""
+    counted = value if scores.in_segment_R is None else float(scores.in_segment_R[row])
+    reasons = []
+    if counted > 0:
+        who = _WHO_IS_OF_STAGE.get(scores.segment, scores.segment)
+        reasons.append(
+            Reason(
+                ReasonKind.POPULAR_IN_SEGMENT,
+                f"Popular with {who}" if scores.segment in _WHO_IS_OF_STAGE else f"Popular in {who}",
+                contribution=counted,
+                segment_id=scores.segment,
+            )
+        )
+    if value - counted > 0:
+        reasons.append(Reason(ReasonKind.POPULAR, "Popular in the shop", contribution=value - counted))
+    return sorted(reasons, key=lambda reason: -reason.contribution)
 
 
 def _blend_reasons(

@@ -184,8 +184,11 @@ class Recommender:
         scored = int(np.count_nonzero(scores.score_R > -np.inf)) if query.traced else 0
         detail = ", ".join(
             f"{part.source.name.lower()} {part.weight:g} x {len(part.rows)} candidates"
+            + (f" in {part.segment}" if part.segment else "")
             for part in scores.parts
         )
+        if scores.in_segment_R is not None:
+            detail = f"popular_in_segment in {scores.segment}"
         mark = ranking.mark("score", mark, eligible, scored, detail)
 
         if ranked_again := rank_again(ranking):

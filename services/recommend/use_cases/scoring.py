@@ -6,6 +6,7 @@ Every scorer returns float32 (R,), -inf where it has no opinion.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from services.recommend.domain.cosine import moment_vector
 from services.recommend.domain.history import History, Purchases, buy_again_scores, purchases_of
 from services.recommend.domain.live_counts import LiveCounts
 from services.recommend.domain.recommendation import Cause, Degradation, Source
+from services.recommend.domain.segment_counts import SegmentPopularity
 from services.recommend.ports import CompanionScores, Float32, Model, ModelHistory
 from services.recommend.use_cases.world import World
 
@@ -51,6 +53,7 @@ class Part:
         rows: its candidates, best first.
         found_R: the source's own scores.
         scaled_R: them scaled to [0, 1] over its candidates, 0 elsewhere.
+        segment: of POPULAR_IN_SEGMENT, the one that was counted.
     """
 
     source: Source
@@ -58,6 +61,7 @@ class Part:
     rows: npt.NDArray[np.int32]
     found_R: Float32
     scaled_R: Float32
+    segment: str = ""
 
     def contribution(self, row: int) -> float:
         """Returns what it adds to the score of a row."""
@@ -80,6 +84,8 @@ class Scores:
         cooccurrence_I: what was counted, item to item.
         seed_indices: the model's indices of the items that the question is about.
         purchases: of BUY_AGAIN.
+        segment: the one that popularity was counted in, "" for all of the shop.
+        in_segment_R: what was counted in it, (R,), 0 where nothing was.
         second: what the ranker did to `score_R`; None where none took part.
         parts: of a weighted sum, else empty.
         degraded: what it went without.
@@ -96,6 +102,8 @@ class Scores:
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     purchases: Purchases | None = None
+    segment: str = ""
+    in_segment_R: Float32 | None = None
     parts: list[Part] = field(default_factory=list)
     second: SecondStage | None = None
     degraded: list[Degradation] = field(default_factory=list)
@@ -117,6 +125,42 @@ def popular_scores(world: World, counts: LiveCounts, now: float) -> Scores:
     return scores
 
 
+SEGMENT_PRIOR_EVENTS = 50.0
+"""Events that the shop's own popularity is worth beside what was counted in a segment."""
+
+
+def popular_with_such(world: World, counts: LiveCounts, now: float, segments: Sequence[str]) -> Scores:
+    """Popularity with shoppers of the same segment, as far as it is known; else with all.
+
+    score_i = n_i + k p_i, n_i the decayed events of item i in the segment, p_i its share of the shop's popularity and
+    k = SEGMENT_PRIOR_EVENTS: the posterior mean under a Dirichlet prior, times the events. Little is known of a small
+    segment, and it then stays near the shop.
+    """
+    scores = popular_scores(world, counts, now)
+    found = counts.popularity_in(segments, now)
+    if found is None or scores.sources != [Source.POPULAR]:
+        return scores
+    known_R = scores.score_R > -np.inf
+    total = float(scores.score_R[known_R].sum())
+    in_segment_R = segment_counts(world.size, found)
+    prior_R = scores.score_R * np.float32(SEGMENT_PRIOR_EVENTS / total) if total > 0 else scores.score_R
+    # An item that nothing but the segment knows has no prior, and its count.
+    scores.score_R = np.where(
+        in_segment_R > 0, np.where(known_R, prior_R, np.float32(0)) + in_segment_R, prior_R
+    )
+    scores.sources = [Source.POPULAR_IN_SEGMENT, Source.POPULAR]
+    scores.segment, scores.in_segment_R = found.segment, in_segment_R
+    return scores
+
+
+def segment_counts(size: int, found: SegmentPopularity) -> Float32:
+    """Returns the counts of a segment by row, float32, (R,)."""
+    in_segment_R = np.zeros(size, np.float32)
+    known = found.rows < size
+    in_segment_R[found.rows[known]] = found.counts[known]
+    return in_segment_R
+
+
 def newest_scores(world: World) -> Float32:
     """Returns the time of the last write of each described item, in days since 1970."""
     days_R = (world.catalog.numbers("update_time") / 86_400.0).astype(np.float32)
@@ -134,8 +178,7 @@ def searched_scores(
     world: World,
     model: Model,
     history: History,
-    counts: LiveCounts,
-    now: float,
+    popular: Callable[[], Scores],
     eligible_R: Mask,
     wanted: int,
     further_rows: npt.NDArray[np.int32],
@@ -146,13 +189,14 @@ def searched_scores(
     candidates too few, all eligible items are scored, so that what a filter lets through is always found.
 
     Args:
+        popular: what stands in where the model knows no event.
         eligible_R: what may be shown.
         wanted: items that must be eligible among the candidates, as long as there are so many.
         further_rows: candidates in any case: what rules would move up.
     """
     read = model.read_history(history)
     if not len(read):
-        return popular_scores(world, counts, now)
+        return popular()
     try:
         query_D = model.encode(read)
     except (RuntimeError, ValueError) as error:
@@ -185,12 +229,12 @@ def searched_scores(
 
 
 def blended_scores(
-    world: World, model: Model, history: History, counts: LiveCounts, now: float, *, may_encode: bool
+    world: World, model: Model, history: History, popular: Callable[[], Scores], *, may_encode: bool
 ) -> Scores:
-    """The sequence model blended with co-occurrence; popularity where the model knows no event."""
+    """The sequence model blended with co-occurrence; `popular` where the model knows no event."""
     read = model.read_history(history)
     if not len(read):
-        return popular_scores(world, counts, now)
+        return popular()
     companion = model.companion(read)
     if may_encode:
         try:
@@ -214,16 +258,16 @@ def blended_scores(
 
 
 def cosine_scores(
-    world: World, model: Model, history: History, counts: LiveCounts, now: float, alpha: float
+    world: World, model: Model, history: History, popular: Callable[[], Scores], alpha: float
 ) -> Scores:
-    """The cosine scorer; popularity where the model knows no event or the encoder fails."""
+    """The cosine scorer; `popular` where the model knows no event or the encoder fails."""
     read = model.read_history(history)
     if not len(read):
-        return popular_scores(world, counts, now)
+        return popular()
     try:
         portrait_D = model.encode(read)
     except (RuntimeError, ValueError) as error:
-        scores = popular_scores(world, counts, now)
+        scores = popular()
         scores.degraded.append(Degradation(Cause.ENCODER_SKIPPED, f"the encoder failed: {error}"))
         return scores
     moment_D = moment_vector(model.vectors(read.indices_H), history.times_N[read.places_H])

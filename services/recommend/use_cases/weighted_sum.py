@@ -27,6 +27,8 @@ from services.recommend.use_cases.scoring import (
     cosine_scores,
     newest_scores,
     popular_scores,
+    popular_with_such,
+    segment_counts,
     trending_scores,
 )
 from services.recommend.use_cases.world import World
@@ -44,6 +46,7 @@ class Asking:
 
     world: World
     history: History
+    segments: Sequence[str]
     counts: LiveCounts
     now: float
     alpha: float
@@ -64,20 +67,30 @@ def weighted_sum(asking: Asking, weights: Sequence[SourceWeight], eligible_R: Ma
     parts: list[Part] = []
     score_R = np.full(world.size, -np.inf, dtype=np.float32)
     for entry in weights:
-        found_R = _found(asking, read, entry, degraded)
+        segment = ""
+        if entry.source is Source.POPULAR_IN_SEGMENT:
+            found_R, segment = _popular_in_segment(asking)
+        else:
+            found_R = _found(asking, read, entry, degraded)
         rows = top_rows(found_R, eligible_R, entry.candidate_limit)
         scaled_R = np.zeros(world.size, np.float32)
         if len(rows):
             best, last = float(found_R[rows[0]]), float(found_R[rows[-1]])
             scaled_R[rows] = (found_R[rows] - last) / (best - last) if best > last else 1.0
-        parts.append(Part(entry.source, entry.weight, rows, found_R, scaled_R))
+        parts.append(Part(entry.source, entry.weight, rows, found_R, scaled_R, segment))
         score_R[rows] = np.maximum(score_R[rows], 0.0)
         score_R[rows] += np.float32(entry.weight) * scaled_R[rows]
     if not (score_R > -np.inf).any():
-        scores = popular_scores(world, asking.counts, asking.now)
+        scores = popular_with_such(world, asking.counts, asking.now, asking.segments)
         scores.degraded += degraded
         return scores
-    return Scores(score_R, [entry.source for entry in weights], parts=parts, degraded=degraded)
+    return Scores(
+        score_R,
+        [entry.source for entry in weights],
+        parts=parts,
+        segment=next((part.segment for part in parts if part.segment), ""),
+        degraded=degraded,
+    )
 
 
 def content_scores(catalog: Catalog, history: History) -> Float32:
@@ -103,6 +116,15 @@ def content_scores(catalog: Catalog, history: History) -> Float32:
     # What they have done already resembles itself most of all, and is no find.
     score_R[rows_N[rows_N < catalog.size]] = 0
     return np.where(score_R > 0, score_R, np.float32(-np.inf))
+
+
+def _popular_in_segment(asking: Asking) -> tuple[Float32, str]:
+    """Returns what was counted in the shopper's segment, (R,), -inf where nothing, and the segment."""
+    found = asking.counts.popularity_in(asking.segments, asking.now)
+    if found is None:
+        return np.full(asking.world.size, -np.inf, dtype=np.float32), ""
+    counts_R = segment_counts(asking.world.size, found)
+    return np.where(counts_R > 0, counts_R, np.float32(-np.inf)), found.segment
 
 
 def _found(
@@ -131,7 +153,11 @@ def _found(
         degraded.append(Degradation(Cause.ENCODER_SKIPPED, "left out to keep the deadline"))
         return nothing_R
     if entry.source is Source.COSINE:
-        scores = cosine_scores(world, model, asking.history, asking.counts, asking.now, asking.alpha)
+
+        def popular() -> Scores:
+            return popular_scores(world, asking.counts, asking.now)
+
+        scores = cosine_scores(world, model, asking.history, popular, asking.alpha)
         if scores.degraded:
             degraded.extend(scores.degraded)
             return nothing_R

@@ -22,6 +22,7 @@ def read_history(ranking: Ranking, histories: HistoryReader) -> None:
     if query.user_key is not None:
         reading = histories.read(query.user_key, query.consistency, query.consistency_text, ranking.deadline)
         ranking.history = reading.history
+        ranking.segments = reading.segments
         ranking.degraded += reading.degraded
         ranking.freshness = histories.freshness(reading)
     events = list(query.context_events)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
 from services.recommend.domain.live_counts import LiveCounts
@@ -16,6 +19,7 @@ from services.recommend.use_cases.scoring import (
     buy_again,
     cosine_scores,
     popular_scores,
+    popular_with_such,
     searched_scores,
     similar_scores,
     together_scores,
@@ -43,6 +47,7 @@ class Scoring:
         """Returns the scores; raises NotFound: ITEM_NOT_FOUND for SIMILAR."""
         world, query, history, now = ranking.world, ranking.query, ranking.history, ranking.now
         model = world.model
+        popular = partial(popular_with_such, world, self._counts, now, ranking.segments)
         match query.kind:
             case ListKind.TRENDING:
                 return trending_scores(world, self._counts, query.window_seconds, now)
@@ -59,7 +64,9 @@ class Scoring:
                 return together_scores(world, model, np.unique(indices[indices >= 0]))
         if ranking.config.scorer is Scorer.WEIGHTED_SUM:
             may_encode = ranking.remaining() > _ENCODE_SECONDS
-            asking = Asking(world, history, self._counts, now, ranking.config.cosine_alpha, may_encode)
+            asking = Asking(
+                world, history, ranking.segments, self._counts, now, ranking.config.cosine_alpha, may_encode
+            )
             return weighted_sum(asking, ranking.config.sources, ranking.eligibility.eligible_R)
         if ranking.config.scorer is Scorer.ITEM_TO_ITEM and model is not None and len(history):
             indices_N = model.indices_of(history.rows_N)
@@ -67,16 +74,18 @@ class Scoring:
             if len(known):
                 return similar_scores(world, model, int(indices_N[known[-1]]))
         if ranking.config.scorer is Scorer.COSINE and model is not None and len(history):
-            return cosine_scores(world, model, history, self._counts, now, ranking.config.cosine_alpha)
+            return cosine_scores(world, model, history, popular, ranking.config.cosine_alpha)
         if ranking.config.scorer is Scorer.BLENDED and model is not None and len(history):
             may_encode = ranking.remaining() > _ENCODE_SECONDS
             # A trace shows every item's place, and takes the time that a pass over all takes.
             if model.is_searched and may_encode and not query.traced:
-                return self._searched(ranking, model)
-            return blended_scores(world, model, history, self._counts, now, may_encode=may_encode)
-        return popular_scores(world, self._counts, now)
+                return self._searched(ranking, model, popular)
+            return blended_scores(world, model, history, popular, may_encode=may_encode)
+        if ranking.config.scorer is Scorer.POPULARITY:
+            return popular_scores(world, self._counts, now)
+        return popular()
 
-    def _searched(self, ranking: Ranking, model: Model) -> Scores:
+    def _searched(self, ranking: Ranking, model: Model, popular: Callable[[], Scores]) -> Scores:
         query, plan = ranking.query, ranking.plan
         count = query.page_size or ranking.policy.default_page_size
         wanted = query.page.offset + max(count, ranking.config.diversity_depth) + BEHIND_THE_PAGE
@@ -92,8 +101,7 @@ class Scoring:
             ranking.world,
             model,
             ranking.history,
-            self._counts,
-            ranking.now,
+            popular,
             ranking.eligibility.eligible_R,
             wanted,
             np.flatnonzero(moved_R & ranking.eligibility.eligible_R).astype(np.int32)[:_MOST_MOVED],

@@ -50,7 +50,10 @@ class _CandidateSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Candi
     CANDIDATE_SOURCE_NEW_ITEMS: _CandidateSource.ValueType  # 6
     """Items that have entered the catalogue recently."""
     CANDIDATE_SOURCE_POPULAR_IN_SEGMENT: _CandidateSource.ValueType  # 7
-    """Items popular in the shopper's segment."""
+    """Items popular in the shopper's segment: decayed event counts of the narrowest
+    of their segments and stages of life that has at least 50 events. Without
+    such a segment, none.
+    """
     CANDIDATE_SOURCE_POPULAR: _CandidateSource.ValueType  # 8
     """Items popular with everybody: decayed event counts."""
     CANDIDATE_SOURCE_COSINE: _CandidateSource.ValueType  # 9
@@ -83,7 +86,10 @@ CANDIDATE_SOURCE_TRENDING: CandidateSource.ValueType  # 5
 CANDIDATE_SOURCE_NEW_ITEMS: CandidateSource.ValueType  # 6
 """Items that have entered the catalogue recently."""
 CANDIDATE_SOURCE_POPULAR_IN_SEGMENT: CandidateSource.ValueType  # 7
-"""Items popular in the shopper's segment."""
+"""Items popular in the shopper's segment: decayed event counts of the narrowest
+of their segments and stages of life that has at least 50 events. Without
+such a segment, none.
+"""
 CANDIDATE_SOURCE_POPULAR: CandidateSource.ValueType  # 8
 """Items popular with everybody: decayed event counts."""
 CANDIDATE_SOURCE_COSINE: CandidateSource.ValueType  # 9
@@ -346,12 +352,14 @@ class Reason(_message.Message):
     contribution: _builtins.float
     """What the reason adds to the item's score, in the score's own unit: the
     difference when it is taken away. For `KIND_POPULAR` and `KIND_TRENDING` the
-    count itself.
+    count itself; for `KIND_POPULAR` beside a segment, what it adds as its prior.
     """
     rule_id: _builtins.str
     """The merchandising rule, for `KIND_RULE`. Empty otherwise."""
     segment_id: _builtins.str
-    """The segment, for `KIND_POPULAR_IN_SEGMENT`. Empty otherwise."""
+    """The segment, for `KIND_POPULAR_IN_SEGMENT`: the id of one that was created, or
+    "stage:" and a stage of life, such as "stage:new". Empty otherwise.
+    """
     text: _builtins.str
     """The reason as a sentence for shoppers, in English, with the title of the
     source item (its id where the title is unknown).

@@ -128,8 +128,7 @@ class ServingConfig(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceWeight]:
         """The sources of `SCORER_WEIGHTED_SUM` and their weights, at most one entry a
         source, at least one of them above 0. Empty with every other scorer, which
-        implies its sources. `CANDIDATE_SOURCE_POPULAR_IN_SEGMENT` and
-        `CANDIDATE_SOURCE_RULE` cannot be named.
+        implies its sources. `CANDIDATE_SOURCE_RULE` cannot be named.
         """
 
     @_builtins.property
