@@ -300,6 +300,8 @@ def main() -> None:
     if sys.argv[1:] == ["migrate"]:
         print("recommend keeps nothing in a database: nothing to migrate", file=sys.stderr)
         return
+    # A stream's message or a version being loaded would hold the interpreter for 5 ms each time it is let go for an array.
+    sys.setswitchinterval(0.0005)
     # Requests make little garbage that counting references does not end: look for it seldom.
     gc.set_threshold(20_000, 20, 50)
     settings = load_settings(RecommendSettings)

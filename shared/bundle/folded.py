@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shared.bundle.scoring import Companion
+from shared.bundle.scoring import Companion, CooccurrenceMatrix
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -44,24 +44,22 @@ class FoldedCompanion:
         parts = [(scoring.lambda_, companion.forward)]
         if companion.backward is not None and scoring.backward:
             parts.append((scoring.backward, companion.backward))
-        rows = [np.repeat(np.arange(items), np.diff(matrix.indptr_I1)) for _, matrix in parts]
-        columns = [matrix.indices_N + np.int32(items * p) for p, (_, matrix) in enumerate(parts)]
-        entries = [matrix.weights_N for _, matrix in parts]
-        weights = [weight for weight, _ in parts]
         if scoring.repeat:
-            rows.append(np.arange(items))
-            columns.append(np.arange(items, dtype=np.int32) + np.int32(items * len(parts)))
-            entries.append(np.ones(items, np.float32))
-            weights.append(scoring.repeat)
-        row_N = np.concatenate(rows)
-        order_N = np.argsort(row_N, kind="stable")
-        return cls(
-            companion,
-            tuple(weights),
-            np.concatenate([[0], np.cumsum(np.bincount(row_N, minlength=items))]).astype(np.int64),
-            np.concatenate(columns)[order_N],
-            np.concatenate(entries)[order_N],
-        )
+            each_I = np.arange(items + 1)
+            identity = CooccurrenceMatrix(each_I, each_I[:-1].astype(np.int32), np.ones(items, np.float32))
+            parts.append((scoring.repeat, identity))
+        ends_PI = np.cumsum([np.diff(matrix.indptr_I1) for _, matrix in parts], axis=0)
+        indptr_I1 = np.concatenate([[0], np.cumsum(ends_PI[-1])]).astype(np.int64)
+        columns_N = np.empty(indptr_I1[-1], np.int32)
+        entries_N = np.empty(indptr_I1[-1], np.float32)
+        for p, (_, matrix) in enumerate(parts):
+            # Where a part's entries of a row begin, less where they did: no sort, as rows come in order.
+            starts_I = indptr_I1[:-1] + (ends_PI[p - 1] if p else 0) - matrix.indptr_I1[:-1]
+            place_N = np.repeat(starts_I, np.diff(matrix.indptr_I1))
+            place_N += np.arange(len(place_N))
+            columns_N[place_N] = matrix.indices_N + np.int32(items * p)
+            entries_N[place_N] = matrix.weights_N
+        return cls(companion, tuple(weight for weight, _ in parts), indptr_I1, columns_N, entries_N)
 
     def _gather(self, rows_R: Int64) -> tuple[Int64, Float32, Int64]:
         starts_R = self.indptr_I1[rows_R]

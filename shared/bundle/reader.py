@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from shared.bundle.arrays import Vocabulary, map_arrays
+from shared.bundle.arrays import Vocabulary, map_arrays, release_pages
 from shared.bundle.encoder import LiteRtEncoder
 from shared.bundle.manifest import (
     ENCODER,
@@ -146,6 +146,8 @@ def load_bundle(
             ranker = ranker_of(manifest.get("ranker"), map_arrays(path / RANKER), len(item_ids))
         except (ValueError, OSError) as error:
             raise damaged(path, RANKER, str(error)) from error
+    # All of it was read to verify it; who serves it reads parts.
+    release_pages(weights["item_vectors"])
     return Bundle(
         manifest=manifest,
         scoring=scoring,
