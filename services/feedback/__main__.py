@@ -32,6 +32,7 @@ from services.feedback.storage.exclusive import (
     IMPORTS_LOCK,
     RETENTION_LOCK,
     ROTATION_LOCK,
+    UNKNOWN_ITEMS_LOCK,
     ExclusiveWorker,
 )
 from services.feedback.storage.experiments import PostgresExperiments
@@ -47,6 +48,7 @@ from services.feedback.storage.people import PostgresPeople
 from services.feedback.storage.retention import PostgresPurge, Retention
 from services.feedback.storage.text_cipher import TextCipher
 from services.feedback.storage.tombstone_list import TombstoneList
+from services.feedback.storage.unknown_items import PostgresUnknownItems
 from services.feedback.use_cases import (
     ExportUser,
     ForgetUser,
@@ -55,6 +57,7 @@ from services.feedback.use_cases import (
     MeasureMetrics,
     PurgeEvents,
     RecordEvents,
+    ReportUnknownItems,
     RotateUserKeys,
     RunExperiments,
     RunImports,
@@ -86,6 +89,7 @@ class Feedback:
     people: PostgresPeople
     bots: BotMarks
     catalogue: Catalogue
+    unknown_items: PostgresUnknownItems
     experiments: RunExperiments
     log: GroupCommitLog
     notifier: LogNotifier
@@ -157,6 +161,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     importer = ExclusiveWorker("imports", database, IMPORTS_LOCK, run_imports.run_next, idle_seconds=2.0)
     rotator = ExclusiveWorker("key-rotation", database, ROTATION_LOCK, rotation.step, idle_seconds=5.0)
     keeper = ExclusiveWorker("retention", database, RETENTION_LOCK, retention.run, idle_seconds=3_600.0)
+    unknown_items = PostgresUnknownItems(database, catalogue.known, wait=stopped.wait)
     servicer = FeedbackServicer(
         UseCases(
             record_events,
@@ -175,6 +180,7 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
             ManageImports(imports, files, clock, importer.wake),
             PurgeEvents(PostgresPurge(database)),
             RotateUserKeys(rotation, clock, rotator.wake),
+            ReportUnknownItems(unknown_items),
         ),
         reader,
         door,
@@ -197,8 +203,27 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
         wait=stopped.wait,
     )
     marker = ExclusiveWorker("bots", database, BOTS_LOCK, bots.step, idle_seconds=settings.bot_check_seconds)
-    workers = (importer, rotator, keeper, guard, marker)
-    return Feedback(servicer, people, bots, catalogue, experiments, log, notifier, database, workers, stopped)
+    comparer = ExclusiveWorker(
+        "unknown-items",
+        database,
+        UNKNOWN_ITEMS_LOCK,
+        unknown_items.step,
+        idle_seconds=settings.bot_check_seconds,
+    )
+    workers = (importer, rotator, keeper, guard, marker, comparer)
+    return Feedback(
+        servicer,
+        people,
+        bots,
+        catalogue,
+        unknown_items,
+        experiments,
+        log,
+        notifier,
+        database,
+        workers,
+        stopped,
+    )
 
 
 def serve() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from prometheus_client import Counter
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc
 
-from services.feedback.domain.consent import ModelVersion
+from services.feedback.domain.consent import ModelVersion, Reading
 from services.feedback.domain.events import EventColumns
 from shared.bundle.registry import Registry
 from shared.errors import ShopkeeperError
 from shared.telemetry import get_logger
+from shared.tokens import Watermark
 
 PRODUCTION = "production"
 # Some 100 bytes each. A larger catalogue is not known, and nothing is said of its items.
@@ -47,24 +50,50 @@ class RegistryModelVersions:
         for model, version in self._registry.versions():
             try:
                 manifest = self._registry.read_manifest(model, version)
-                created_at = datetime.fromisoformat(manifest["created_at"])
+                created_at = _moment(manifest["created_at"])
+                readings = readings_of(manifest)
                 aliases = {state.alias: state.version for state in self._registry.aliases(model)}
             except (ShopkeeperError, KeyError, TypeError, ValueError) as error:
                 self._logger.warning(
                     "model version left out of a receipt", model=model, version=version, cause=repr(error)
                 )
                 continue
-            if created_at.tzinfo is None:
-                created_at = created_at.replace(tzinfo=UTC)
-            created_at = created_at.astimezone(UTC)
             retire_at = (
                 created_at + timedelta(days=self._retention_days)
                 if self._retention_days and version not in aliases.values()
                 else None
             )
             in_service = aliases.get(PRODUCTION) == version
-            versions.append(ModelVersion(model, version, created_at, in_service, retire_at))
+            versions.append(ModelVersion(model, version, created_at, in_service, retire_at, readings))
         return versions
+
+
+def readings_of(manifest: Mapping[str, Any]) -> tuple[Reading, ...]:
+    """Returns how the version of a manifest, and those whose weights it began with, read the log.
+
+    Raises:
+        KeyError, TypeError, ValueError: it says something else than a manifest does.
+    """
+    lineage = manifest.get("lineage", [])
+    if not lineage and manifest.get("hyper_parameters", {}).get("initial_version"):
+        # Nothing is known of the ancestor: this one is taken for having read all that it had.
+        return (Reading(_moment(manifest["created_at"])),)
+    return tuple(
+        Reading(
+            _moment(one["created_at"]),
+            _moment(one["requested_at"]) if one.get("requested_at") else None,
+            Watermark.parse_pg(bytes.fromhex(watermark).decode("ascii")).covers if watermark else None,
+        )
+        for one, watermark in (
+            (manifest, manifest.get("data", {}).get("watermark")),
+            *((ancestor, ancestor.get("watermark")) for ancestor in lineage),
+        )
+    )
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 class Ed25519Signer:
@@ -115,6 +144,10 @@ class Catalogue:
         if self._thread.is_alive():
             self._thread.join(_CALL_TIMEOUT_SECONDS + 1)
 
+    def known(self) -> frozenset[str] | None:
+        """Returns the ids of the catalogue; None while it cannot tell. The same object until it was read again."""
+        return self._known
+
     def unknown_items(self, columns: EventColumns) -> dict[int, str]:
         """Returns, by row, the first item that the catalogue does not know."""
         known = self._known
@@ -145,7 +178,10 @@ class Catalogue:
             page_token = answer.next_page_token
             if not page_token or len(known) > self._max_items:
                 break
-        self._known = frozenset(known) if 0 < len(known) <= self._max_items else None
+        if not 0 < len(known) <= self._max_items:
+            self._known = None
+        elif self._known is None or self._known != frozenset(known):
+            self._known = frozenset(known)
         if told := list(self._unknown)[:_TOLD_ITEMS]:
             self._logger.warning("events name items that the catalogue does not know", items=told)
             self._unknown = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from services.feedback.domain.imports import Import, ImportPart, ImportProgress,
 from services.feedback.domain.key_rotation import KeyRotation
 from services.feedback.domain.metrics import Measurement, Metric, MetricsQuery
 from services.feedback.domain.off_policy import LoggedImpressions
+from services.feedback.domain.unknown_items import UnknownItemOrder, UnknownItemsPage
 from shared.operations import OperationState
 
 
@@ -55,6 +56,25 @@ class PersonStore(Protocol):
 
     def erase(self, user_keys: Sequence[bytes], tombstone_key: bytes, now: datetime) -> Erasure:
         """Erases it, and refuses later events, even those being stored at this moment."""
+        ...
+
+    def keep_receipt(
+        self,
+        receipt_id: str,
+        tombstone_key: bytes,
+        user_keys: Sequence[bytes],
+        rows: Mapping[str, int],
+        now: datetime,
+    ) -> None:
+        """Keeps what a receipt says of the rows, so that it can be issued anew."""
+        ...
+
+    def receipt(self, receipt_id: str) -> tuple[Erasure, Sequence[bytes]]:
+        """Returns the erasure of a receipt, and the user keys that it names.
+
+        Raises:
+            NotFound: RECEIPT_NOT_FOUND.
+        """
         ...
 
     def export_events(self, user_keys: Sequence[bytes]) -> Iterator[list[dict[str, Any]]]:
@@ -235,6 +255,14 @@ class KnownItems(Protocol):
 
     def unknown_items(self, columns: EventColumns) -> dict[int, str]:
         """Returns, by row, an item that the catalogue does not know; empty while it cannot tell."""
+        ...
+
+
+class UnknownItemStore(Protocol):
+    """Items of events that the catalogue does not know."""
+
+    def page(self, order: UnknownItemOrder, after: tuple[int, str] | None, limit: int) -> UnknownItemsPage:
+        """Returns at most `limit` items that come after a (number of events, id)."""
         ...
 
 

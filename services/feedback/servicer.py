@@ -46,6 +46,7 @@ from services.feedback.converters.metrics import (
 from services.feedback.converters.off_policy import from_estimate, to_policy_value
 from services.feedback.converters.people import from_consent, to_consent, to_receipt
 from services.feedback.converters.results import to_consistency_token, to_record_events_response, to_results
+from services.feedback.converters.unknown_items import from_list_unknown_items, to_list_unknown_items
 from services.feedback.converters.upkeep import from_purge_events, from_rotate_user_keys, to_key_rotation
 from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
 from services.feedback.use_cases import (
@@ -57,6 +58,7 @@ from services.feedback.use_cases import (
     PendingBatch,
     PurgeEvents,
     RecordEvents,
+    ReportUnknownItems,
     RotateUserKeys,
     RunExperiments,
     ValuePolicies,
@@ -101,6 +103,7 @@ class UseCases:
     imports: ManageImports
     purge: PurgeEvents
     rotation: RotateUserKeys
+    unknown_items: ReportUnknownItems
 
 
 class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
@@ -246,6 +249,12 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
         person = self._door.person(request.user_id)
         return to_receipt(self._use_cases.forget_user.forget(person.user_keys, person.tombstone_key))
 
+    def GetErasureReceipt(
+        self, request: feedback_service_pb2.GetErasureReceiptRequest, context: grpc.ServicerContext
+    ) -> consent_pb2.ErasureReceipt:
+        """Issues a receipt anew."""
+        return to_receipt(self._use_cases.forget_user.issue_anew(request.receipt_id))
+
     def ExportUser(
         self, request: feedback_service_pb2.ExportUserRequest, context: grpc.ServicerContext
     ) -> Iterator[feedback_service_pb2.ExportUserResponse]:
@@ -373,6 +382,14 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
     ) -> consent_pb2.KeyRotation:
         """Returns a rotation of the user key."""
         return to_key_rotation(self._use_cases.rotation.get(request.key_rotation_id))
+
+    def ListUnknownItems(
+        self, request: feedback_service_pb2.ListUnknownItemsRequest, context: grpc.ServicerContext
+    ) -> feedback_service_pb2.ListUnknownItemsResponse:
+        """Returns items that the catalogue does not know."""
+        order, after, size = from_list_unknown_items(request, self._signer)
+        page = self._use_cases.unknown_items.page(order, after, size)
+        return to_list_unknown_items(order, page, self._signer)
 
     def EstimatePolicyValue(
         self, request: feedback_service_pb2.EstimatePolicyValueRequest, context: grpc.ServicerContext

@@ -17,7 +17,7 @@ from shared.cli.output import EXIT_PROBLEMS, EXIT_UNREACHABLE, EXIT_USAGE
 
 COMMANDS = (
     "up", "down", "import", "mappings", "simulate", "train", "watch", "models", "promote", "rollback", "recommend",
-    "explain", "profile", "forget", "metrics", "doctor", "demo",
+    "explain", "profile", "forget", "receipt", "verify-receipt", "unknown-items", "metrics", "doctor", "demo",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_help_of_a_command_says_the_exit_codes(command: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("recommend", "u"), ("profile", "u"), ("explain", "u", "i"), ("models",), ("promote", "v"), ("rollback",),
-     ("forget", "u", "--yes"), ("metrics",)],
+     ("forget", "u", "--yes"), ("receipt", "r"), ("unknown-items",), ("metrics",)],
 )  # fmt: skip
 def test_without_a_suite_a_command_says_how_to_start_one(home: Path, arguments: tuple[str, ...]) -> None:
     result = run(*arguments)

@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 from services.feedback.converters.identities import Door
 from services.feedback.storage.partitions import WRITERS_LOCK
 from services.feedback.storage.tombstone_list import TombstoneList
+from shared import grpc_status
 from shared.bundle.registry import Registry
 from shared.cli.app import app
 from shared.cli.output import message_dict
 from shared.errors import DataLoss
 from shared.keys import read_verifying_key
+from shared.tokens import Watermark
 from tests.feedback.conftest import REJECTED, STORED, Shop, event, eventually, item_view
 
 
@@ -247,8 +249,8 @@ def test_an_erasure_that_was_cut_short_is_completed(shop: Shop) -> None:
     assert shop.feedback.people.finish_erasures() == 0
 
 
-def write_version(shop: Shop, version: str, created_at: datetime | None) -> None:
-    manifest: dict[str, object] = {"schema_version": 1, "model": "main", "version": version}
+def write_version(shop: Shop, version: str, created_at: datetime | None, **fields: object) -> None:
+    manifest: dict[str, object] = {"schema_version": 1, "model": "main", "version": version, **fields}
     if created_at:
         manifest["created_at"] = created_at.isoformat()
     (shop.registry / "main" / version).mkdir(parents=True)
@@ -284,6 +286,87 @@ def test_a_second_receipt_still_names_the_models_that_hold_the_person(shop: Shop
     assert len(first.model_versions) == 1
     assert second.model_versions == first.model_versions
     assert forget(shop, "nobody").model_versions == []
+
+
+def issue_anew(shop: Shop, receipt_id: str) -> consent_pb2.ErasureReceipt:
+    request = feedback_service_pb2.GetErasureReceiptRequest(receipt_id=receipt_id)
+    return shop.stub.GetErasureReceipt(request, timeout=10)
+
+
+def snapshot(shop: Shop) -> dict[str, str]:
+    """Returns what a training run that reads the log now writes into its manifest."""
+    ((watermark,),) = shop.sql("SELECT pg_current_snapshot()::text")
+    return {"watermark": Watermark.parse_pg(watermark).encode().hex()}
+
+
+def versions(receipt: consent_pb2.ErasureReceipt) -> set[str]:
+    return {version.version for version in receipt.model_versions}
+
+
+def test_a_run_that_had_read_before_the_erasure_and_publishes_after_it_is_on_the_receipt_issued_anew(
+    shop: Shop,
+) -> None:
+    shop.record(item_view())
+    read_before = snapshot(shop)
+    receipt = forget(shop, "ada")
+    assert versions(receipt) == set()
+    # What the trainer does as well: the day of the erasure is not told from the day of publishing.
+    now = datetime.now(UTC) + timedelta(seconds=1)
+    write_version(shop, "before", now, data=read_before)
+    write_version(shop, "after", now, data=snapshot(shop))
+    refreshed = {"created_at": now.isoformat(), "requested_at": "", **read_before}
+    write_version(shop, "begun-at-before", now, data=snapshot(shop), lineage=[refreshed])
+    write_version(shop, "begun-at-gone", now, data=snapshot(shop), hyper_parameters={"initial_version": "x"})
+    later = issue_anew(shop, receipt.receipt_id)
+    assert versions(later) == {"before", "begun-at-before", "begun-at-gone"}
+    assert (later.receipt_id, later.erased_at) == (receipt.receipt_id, receipt.erased_at)
+    assert list(later.user_keys) == list(receipt.user_keys)
+    assert {row.table: row.row_count for row in later.erased_rows}["events"] == 1
+    assert later.issue_time.ToDatetime() > receipt.issue_time.ToDatetime()
+    read_verifying_key(shop.keys).verify(later.signature, later.signed_payload)
+    statement = json.loads(later.signed_payload)
+    assert {one["version"] for one in statement["model_versions"]} == versions(later)
+    assert datetime.fromisoformat(statement["issue_time"]) == later.issue_time.ToDatetime(UTC)
+    # Asking for a new receipt says the same, though nothing was left to erase.
+    assert versions(forget(shop, "ada")) == versions(later)
+
+
+def test_a_version_whose_reading_is_not_told_is_named_unless_it_was_asked_for_after_the_erasure(
+    shop: Shop,
+) -> None:
+    shop.record(item_view())
+    before = datetime.now(UTC)
+    receipt = forget(shop, "ada")
+    after = datetime.now(UTC) + timedelta(seconds=1)
+    # A private run's watermark would count transactions: it has none.
+    for name, requested_at in (("in-flight", before), ("later", after)):
+        write_version(shop, name, after, data={"watermark": ""}, requested_at=requested_at.isoformat())
+    write_version(shop, "silent", after)
+    assert versions(issue_anew(shop, receipt.receipt_id)) == {"in-flight", "silent"}
+
+
+def test_after_a_restore_the_numbers_of_transactions_prove_nothing(shop: Shop) -> None:
+    shop.record(item_view())
+    receipt = forget(shop, "ada")
+    # Of a cluster that was ahead, and was lost: its versions are older than what is erased in the restored one.
+    ahead = {"watermark": Watermark(10**12, 10**12).encode().hex()}
+    write_version(shop, "of-the-lost-cluster", datetime.now(UTC) - timedelta(milliseconds=1), data=ahead)
+    shop.sql("UPDATE feedback.tombstones SET erased_at = now()")
+    assert versions(issue_anew(shop, receipt.receipt_id)) == {"of-the-lost-cluster"}
+    # Replayed from the list: the transaction that buried them is of another cluster.
+    exported = tombstones_of(shop).export()
+    shop.sql("DELETE FROM feedback.tombstones")
+    tombstones_of(shop).replay(exported)
+    shop.feedback.people.finish_erasures()
+    assert shop.sql("SELECT buried_xid FROM feedback.tombstones") == [(None,)]
+
+
+@pytest.mark.parametrize("receipt_id", ["", "no uuid", "00000000-0000-4000-8000-000000000000"])
+def test_a_receipt_that_is_not_there_is_not_found(shop: Shop, receipt_id: str) -> None:
+    with pytest.raises(grpc.RpcError) as failure:
+        issue_anew(shop, receipt_id)
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    assert grpc_status.from_rpc_error(failure.value).reason == "RECEIPT_NOT_FOUND"
 
 
 def test_a_receipt_is_verified_offline_and_a_changed_one_is_refused(shop: Shop, tmp_path: Path) -> None:

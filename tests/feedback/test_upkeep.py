@@ -18,6 +18,7 @@ from services.feedback.__main__ import Feedback, wire
 from services.feedback.converters.identities import Door
 from services.feedback.settings import FeedbackSettings
 from services.feedback.storage.retention import Retention
+from services.feedback.storage.unknown_items import PostgresUnknownItems
 from services.feedback.use_cases import PendingBatch
 from tests.feedback.conftest import DUPLICATE, STORED, Shop, event, eventually, item_view, uuid7
 
@@ -213,6 +214,30 @@ def test_a_rotation_brings_every_row_to_the_new_key_without_any_raw_id(
     # The forgotten are known under the new key as well.
     graves = shop.sql("SELECT user_keys FROM feedback.tombstones")
     assert graves == [(list(door(feedback).person("user 39").user_keys),)]
+
+
+@pytest.mark.parametrize("counted", [0, 1, 3, 4])
+def test_a_row_that_is_stored_anew_is_counted_once_whether_it_had_been_counted_or_not(
+    shop: Shop, rotatable: Callable[[], Feedback], counted: int
+) -> None:
+    for number in range(3):
+        shop.record(*[item_view(user_id=f"user {user}", item_id=f"item {number}") for user in range(4)])
+    feedback = rotatable()
+    catalogue = frozenset({"sofa"})
+    unknown = PostgresUnknownItems(feedback.database, lambda: catalogue, page_rows=1)
+    for _ in range(counted):
+        unknown.step()
+    rotated(feedback)
+    for worker in feedback.workers:
+        worker.stop()
+    # Stored anew a second time before anything is counted.
+    rotated(rotatable())
+    while unknown.step():
+        pass
+    expected = [(f"item {number}", 4) for number in range(3)]
+    assert shop.sql("SELECT item_id, event_count FROM feedback.unknown_items ORDER BY item_id") == expected
+    for notes in ("rewriting_transactions", "rewritten_uncounted"):
+        assert shop.sql(f"SELECT count(*) FROM feedback.{notes}") == [(0,)]
 
 
 def test_a_second_rotation_starts_from_any_version(shop: Shop, rotatable: Callable[[], Feedback]) -> None:

@@ -150,11 +150,21 @@ def test_nothing_to_roll_back_to_is_said(trained: Terminal) -> None:
 
 def test_a_forgotten_shopper_has_no_profile(trained: Terminal) -> None:
     assert trained.json("profile", "shopper-00002")["live"]["history"]
-    assert trained.run("forget", "shopper-00002", "--yes").returncode == 0
+    receipt = trained.json("forget", "shopper-00002", "--yes")
+    anew = trained.json("receipt", receipt["receipt_id"])
+    assert anew["model_versions"] == receipt["model_versions"] != []
     eventually(
         "the profile is empty",
         lambda: not trained.json("profile", "shopper-00002").get("live", {}).get("history"),
     )
+
+
+def test_items_that_the_catalogue_does_not_know_are_listed(trained: Terminal) -> None:
+    def compared() -> bool:
+        return trained.json("unknown-items")["compared"] is not None
+
+    eventually("the log is compared with the catalogue", compared)
+    assert trained.json("unknown-items")["total"] == 0
 
 
 def test_a_crashed_service_is_started_again(trained: Terminal) -> None:

@@ -23,6 +23,7 @@ from shared.bundle.history import encoder_inputs
 from shared.errors import ShopkeeperError
 from shared.grpc_status import from_rpc_error
 from shared.keys import read_signing_key, read_verifying_key
+from shared.tokens import Watermark
 from tests.trainer.conftest import eventually, walk
 from tests.trainer.event_files import Events, events_in
 
@@ -87,6 +88,12 @@ def test_a_run_trains_measures_publishes_and_promotes_and_its_journal_can_be_res
     bundle = load_bundle(
         Registry(tmp_path / "registry").version_path("main", run.version), read_verifying_key(keys_dir)
     )
+    # Receipts of erasure are read off these.
+    requested_at, created_at = (
+        datetime.fromisoformat(bundle.manifest[name]) for name in ("requested_at", "created_at")
+    )
+    assert requested_at.replace(microsecond=0) <= created_at
+    assert Watermark.parse_pg(bytes.fromhex(bundle.manifest["data"]["watermark"]).decode()).xmax > 0
     history = history_from_events(["item-4", "item-5", "item-6"], [3, 3, 3], bundle.index_of)
     query_D = bundle.encoder.encode(*encoder_inputs(history, bundle.item_vectors, bundle.max_history))
     score_I = bundle.item_vectors @ query_D

@@ -16,7 +16,13 @@ from services.trainer.pipeline import warm_start
 from services.trainer.pipeline.dataset import EventColumns, ItemAttributes, encode_attributes
 from services.trainer.pipeline.pipeline import train_model
 from services.trainer.pipeline.plan import Plan, TrainedModel
-from services.trainer.pipeline.warm_start import InitialWeights, begin_at, read_weights, weights_to_bytes
+from services.trainer.pipeline.warm_start import (
+    InitialWeights,
+    begin_at,
+    lineage_of,
+    read_weights,
+    weights_to_bytes,
+)
 from shared.errors import FailedPrecondition, InvalidInput
 from tests.trainer.conftest import columns_of, walk
 
@@ -32,7 +38,10 @@ def model_of(items: int, attributes: ItemAttributes, seed: int, **changes: int):
 
 def weights_of(directory: Path, model, attributes: ItemAttributes, item_ids: list[str]) -> InitialWeights:
     (directory / warm_start.FILE).write_bytes(weights_to_bytes(model, attributes))
-    manifest = {"data": {"last_event_at": datetime(1970, 1, 2, tzinfo=UTC).isoformat()}}
+    manifest = {
+        "created_at": "1970-01-03T00:00:00+00:00",
+        "data": {"last_event_at": datetime(1970, 1, 2, tzinfo=UTC).isoformat()},
+    }
     return read_weights(directory, "v1", item_ids, manifest)
 
 
@@ -98,13 +107,24 @@ def test_a_refresh_takes_fewer_passes_is_as_good_and_is_measured_on_newer_events
     )  # fmt: skip
     first = train(yesterday)
     (tmp_path / warm_start.FILE).write_bytes(first.attachments[warm_start.FILE])
-    initial = read_weights(tmp_path, "v1", list(first.vocabulary), first.manifest_fields)
+    published = {
+        **first.manifest_fields,
+        "created_at": "1970-01-03T00:00:00+00:00",
+        "requested_at": "1970-01-02T00:00:00+00:00",
+    }
+    initial = read_weights(tmp_path, "v1", list(first.vocabulary), published)
 
     refreshed, anew = train(everything, initial), train(everything)
 
     assert refreshed.manifest_fields["hyper_parameters"]["initial_version"] == "v1"
     assert refreshed.manifest_fields["hyper_parameters"]["max_epochs"] == 6
     assert "initial_version" not in anew.manifest_fields["hyper_parameters"]
+    # Receipts of erasure find the ancestor here when it is gone.
+    (ancestor,) = refreshed.manifest_fields["lineage"]
+    assert (ancestor["version"], ancestor["created_at"]) == ("v1", published["created_at"])
+    assert ancestor["requested_at"] == published["requested_at"]
+    assert lineage_of("v2", {**published, **refreshed.manifest_fields})[1:] == [ancestor]
+    assert "lineage" not in anew.manifest_fields
     quality = [m.report.ladder[0].metrics["ndcg@10"].value for m in (refreshed, anew)]
     assert quality[0] > 0.9 * quality[1] > 0.1
     time_B = refreshed.histories.time_E[

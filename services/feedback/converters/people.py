@@ -52,6 +52,7 @@ def to_receipt(receipt: Receipt) -> consent_pb2.ErasureReceipt:
     """Returns a receipt as the contract says it."""
     return consent_pb2.ErasureReceipt(
         receipt_id=receipt.receipt_id,
+        issue_time=to_timestamp(receipt.issued_at),
         erased_at=to_timestamp(receipt.erasure.erased_at),
         user_keys=list(receipt.user_keys),
         erased_rows=[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -36,12 +36,28 @@ class Consent:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """When and how a training read the log.
+
+    Attributes:
+        published_at: when what it learned was published, UTC: it had read before.
+        requested_at: when it was asked for, UTC: it read after; None where that is not known.
+        saw: whether a transaction of the log was visible to it; None where that is not known.
+    """
+
+    published_at: datetime
+    requested_at: datetime | None = None
+    saw: Callable[[int], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """A model version in the registry.
 
     Attributes:
         in_service: whether `production` points at it.
         retire_at: when it is removed at the latest; None while an alias names it, or where versions stay for ever.
+        readings: of the log: its own, and those of the versions whose weights it began with.
     """
 
     model: str
@@ -49,6 +65,7 @@ class ModelVersion:
     created_at: datetime
     in_service: bool
     retire_at: datetime | None = None
+    readings: Sequence[Reading] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +77,15 @@ class Erasure:
         rows: number of rows erased by table.
         first_received_at: when the first of the person's events came in, as of this erasure or an earlier one; None
             when there never were any.
+        transaction: which buried the person, so that who sees it sees no event of theirs; None where that is not known.
+        settled_at: when it had certainly been committed, UTC; None where that is not known.
     """
 
     erased_at: datetime
     rows: Mapping[str, int]
     first_received_at: datetime | None
+    transaction: int | None = None
+    settled_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +93,7 @@ class Receipt:
     """A signed statement about an erasure."""
 
     receipt_id: str
+    issued_at: datetime
     erasure: Erasure
     user_keys: Sequence[bytes]
     model_versions: Sequence[ModelVersion]
@@ -79,21 +101,44 @@ class Receipt:
     signature: bytes
 
 
-def containing_versions(
-    versions: Sequence[ModelVersion], first_received_at: datetime | None
-) -> list[ModelVersion]:
-    """Returns the versions trained since the person's first event came in: they may carry its traces."""
-    if first_received_at is None:
-        return []
-    return [version for version in versions if version.created_at >= first_received_at]
+def containing_versions(versions: Sequence[ModelVersion], erasure: Erasure) -> list[ModelVersion]:
+    """Returns the versions that may carry traces of the person: one of their readings may have found events of theirs."""
+    return [
+        version
+        for version in versions
+        if any(
+            may_have_found(reading, erasure) for reading in version.readings or [Reading(version.created_at)]
+        )
+    ]
+
+
+def may_have_found(reading: Reading, erasure: Erasure) -> bool:
+    """Returns whether a reading may have found events of an erased person; true where nothing proves that it did not."""
+    if erasure.first_received_at is None or reading.published_at < erasure.first_received_at:
+        return False
+    # Numbers of transactions begin anew after a restore to a moment, where times do not: neither proves it alone.
+    if reading.published_at < erasure.erased_at:
+        return True
+    if reading.saw is not None and erasure.transaction is not None:
+        return not reading.saw(erasure.transaction)
+    return (
+        reading.requested_at is None
+        or erasure.settled_at is None
+        or reading.requested_at < erasure.settled_at
+    )
 
 
 def receipt_payload(
-    receipt_id: str, erasure: Erasure, user_keys: Sequence[bytes], model_versions: Sequence[ModelVersion]
+    receipt_id: str,
+    issued_at: datetime,
+    erasure: Erasure,
+    user_keys: Sequence[bytes],
+    model_versions: Sequence[ModelVersion],
 ) -> bytes:
     """Returns the statement that is signed: canonical JSON, keys sorted, no spaces, UTF-8."""
     statement = {
         "receipt_id": receipt_id,
+        "issue_time": issued_at.isoformat(),
         "erased_at": erasure.erased_at.isoformat(),
         "user_keys": [key.hex() for key in user_keys],
         "erased_rows": dict(erasure.rows),

@@ -19,6 +19,7 @@ from psycopg.rows import dict_row
 from services.feedback.domain.key_rotation import KeyRotation, KeyRotationState
 from services.feedback.storage.partitions import WRITERS_LOCK
 from services.feedback.storage.text_cipher import TextCipher, decrypt, encrypt
+from services.feedback.storage.unknown_items import note_rewriting
 from shared.database import Database
 from shared.errors import NotFound
 from shared.telemetry import get_logger
@@ -209,6 +210,7 @@ class PostgresKeyRotation:
             # As a writer of the log does: an erasure waits for this, or this sees its result.
             connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (WRITERS_LOCK,))
             self._move_data_keys(connection, parameters)
+            note_rewriting(connection, parameters)
             rewritten = connection.execute(_REWRITE_EVENTS, parameters).rowcount
             connection.execute(_COPY_CONSENTS, parameters)
             connection.execute(_DROP_CONSENTS, parameters)

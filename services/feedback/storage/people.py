@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 from sqlalchemy.dialects import postgresql as pg
 
 from services.feedback.domain.consent import Consent, Erasure
@@ -18,7 +20,7 @@ from services.feedback.storage.partitions import WRITERS_LOCK
 from services.feedback.storage.tables import XID8, consents, data_keys, tombstones
 from services.feedback.storage.text_cipher import TextCipher, decrypt
 from shared.database import Database
-from shared.errors import FailedPrecondition
+from shared.errors import FailedPrecondition, NotFound
 from shared.event_kinds import EventKind
 from shared.telemetry import get_logger
 
@@ -104,7 +106,7 @@ class PostgresPeople:
         keys = list(user_keys)
         with self._database.begin() as connection:
             statement = pg.insert(tombstones).values(
-                tombstone_key=tombstone_key, user_keys=keys, erased_at=now
+                tombstone_key=tombstone_key, user_keys=keys, erased_at=now, buried_xid=XID8
             )
             # A key version added since the first erasure joins the list.
             erased_at = connection.scalar(
@@ -150,13 +152,53 @@ class PostgresPeople:
             # A reader that saw the tombstone before the rows were gone sees it once more.
             row = connection.execute(
                 "UPDATE feedback.tombstones SET completed_at = now(), xid = pg_current_xact_id(), "
+                "settled_at = COALESCE(settled_at, now()), "
                 "first_received_at = LEAST(first_received_at, %s) WHERE tombstone_key = %s "
-                "RETURNING first_received_at",
+                "RETURNING first_received_at, buried_xid::text, settled_at",
                 (first_received_at, tombstone_key),
             ).fetchone()
             # An earlier erasure, or one cut short, may have taken the events: the models still hold them.
-            first_received_at = row[0] if row else first_received_at
-        return Erasure(erased_at, rows, first_received_at)
+            first_received_at, buried_xid, settled_at = row or (first_received_at, None, None)
+        return Erasure(
+            erased_at, rows, first_received_at, int(buried_xid) if buried_xid else None, settled_at
+        )
+
+    # Receipts
+
+    def keep_receipt(
+        self,
+        receipt_id: str,
+        tombstone_key: bytes,
+        user_keys: Sequence[bytes],
+        rows: Mapping[str, int],
+        now: datetime,
+    ) -> None:
+        """Keeps what a receipt says of the rows."""
+        with self._database.connect() as connection:
+            connection.execute(
+                "INSERT INTO feedback.erasure_receipts (receipt_id, tombstone_key, user_keys, erased_rows, issued_at) "
+                "VALUES (%s, %s, %s, %s, %s)",
+                (receipt_id, tombstone_key, list(user_keys), Jsonb(dict(rows)), now),
+            )
+
+    def receipt(self, receipt_id: str) -> tuple[Erasure, list[bytes]]:
+        """Returns the erasure of a receipt, and the user keys it names; raises NotFound (RECEIPT_NOT_FOUND)."""
+        try:
+            wanted = uuid.UUID(receipt_id)
+        except ValueError:
+            raise _no_receipt(receipt_id) from None
+        with self._database.connect() as connection:
+            row = connection.execute(
+                "SELECT r.erased_rows, r.user_keys, t.erased_at, t.first_received_at, t.buried_xid::text, t.settled_at "
+                "FROM feedback.erasure_receipts AS r JOIN feedback.tombstones AS t USING (tombstone_key) "
+                "WHERE r.receipt_id = %s",
+                (wanted,),
+            ).fetchone()
+        if row is None:
+            raise _no_receipt(receipt_id)
+        rows, user_keys, erased_at, first_received_at, xid, settled_at = row
+        erasure = Erasure(erased_at, rows, first_received_at, int(xid) if xid else None, settled_at)
+        return erasure, [bytes(key) for key in user_keys]
 
     # Export
 
@@ -194,6 +236,15 @@ class PostgresPeople:
             row.user_key: (row.key_id.bytes, self._cipher.unwrap(row.wrapped_key, row.key_id.bytes))
             for row in rows
         }
+
+
+def _no_receipt(receipt_id: str) -> NotFound:
+    return NotFound(
+        "RECEIPT_NOT_FOUND",
+        "There is no such receipt here: it is mistyped, or was issued after the backup that this database was restored "
+        "from. ForgetUser again issues another one.",
+        {"receiptId": receipt_id[:64]},
+    )
 
 
 def _newest_consent(connection: sa.Connection, user_keys: Sequence[bytes]) -> Consent:

@@ -74,6 +74,8 @@ tombstones = sa.Table(
     sa.Column("erased_at", sa.DateTime(timezone=True)),
     sa.Column("completed_at", sa.DateTime(timezone=True)),
     sa.Column("first_received_at", sa.DateTime(timezone=True)),
+    sa.Column("buried_xid", sa.Text),
+    sa.Column("settled_at", sa.DateTime(timezone=True)),
     sa.Column("xid", sa.Text, server_default=XID8),
 )
 

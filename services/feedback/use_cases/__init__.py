@@ -1,5 +1,6 @@
 """What the feedback service does, step by step, without gRPC and SQL."""
 
+from services.feedback.use_cases.catalogue import ReportUnknownItems
 from services.feedback.use_cases.experiments import ExperimentReport, RunExperiments
 from services.feedback.use_cases.imports import ManageImports, RunImports
 from services.feedback.use_cases.measuring import MeasureMetrics, ValuePolicies
@@ -17,6 +18,7 @@ __all__ = [
     "PendingBatch",
     "PurgeEvents",
     "RecordEvents",
+    "ReportUnknownItems",
     "RotateUserKeys",
     "RunExperiments",
     "RunImports",

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from services.feedback.domain.consent import Consent, Receipt, containing_versions, receipt_payload
+from services.feedback.domain.consent import Consent, Erasure, Receipt, containing_versions, receipt_payload
 from services.feedback.ports import Clock, ConsentStore, ModelVersions, PersonStore, ReceiptSigner
 
 
@@ -53,10 +53,20 @@ class ForgetUser:
         """Returns the receipt once everything is erased. Repeating it is harmless."""
         erasure = self._store.erase(user_keys, tombstone_key, self._clock.now())
         self._wake_readers()
-        versions = containing_versions(self._versions.list_versions(), erasure.first_received_at)
         receipt_id = str(uuid.uuid4())
-        payload = receipt_payload(receipt_id, erasure, user_keys, versions)
-        return Receipt(receipt_id, erasure, user_keys, versions, payload, self._signer.sign(payload))
+        self._store.keep_receipt(receipt_id, tombstone_key, user_keys, erasure.rows, self._clock.now())
+        return self._issued(receipt_id, erasure, user_keys)
+
+    def issue_anew(self, receipt_id: str) -> Receipt:
+        """Returns a receipt with the model versions of now; raises NotFound."""
+        return self._issued(receipt_id, *self._store.receipt(receipt_id))
+
+    def _issued(self, receipt_id: str, erasure: Erasure, user_keys: Sequence[bytes]) -> Receipt:
+        # The time first: what is published while the registry is read is on the next one at the latest.
+        now = self._clock.now()
+        versions = containing_versions(self._versions.list_versions(), erasure)
+        payload = receipt_payload(receipt_id, now, erasure, user_keys, versions)
+        return Receipt(receipt_id, now, erasure, user_keys, versions, payload, self._signer.sign(payload))
 
 
 class ExportUser:

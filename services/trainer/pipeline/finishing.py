@@ -144,6 +144,7 @@ def finish(
             **{f"weight_{name}": weight for name, weight in blend.weights.items()},
         },
         "data": data,
+        **({"lineage": [dict(ancestor) for ancestor in initial.lineage]} if initial is not None else {}),
         **describe_report(report, plan.exclude_seen, comparison, plan.split),
         "gate": {
             "verdict": verdict.verdict,

@@ -8,7 +8,7 @@ begins anew. I = items, A = attributes, D = width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +43,7 @@ class InitialWeights:
         attribute_names: of the rows of `attribute_AD`.
         dense: everything else, in the model's order.
         last_event_microseconds: the newest event that they know, since 1970.
+        lineage: how the version, and those whose weights it began with in turn, read the log.
     """
 
     version: str
@@ -52,6 +53,7 @@ class InitialWeights:
     attribute_AD: Float32
     dense: Sequence[Float32]
     last_event_microseconds: int
+    lineage: Sequence[Mapping[str, str]] = ()
 
 
 def weights_to_bytes(model: SequenceModel, attributes: ItemAttributes) -> bytes:
@@ -80,7 +82,7 @@ def read_weights(
         last = datetime.fromisoformat(manifest["data"]["last_event_at"])
         return InitialWeights(
             version, item_ids, arrays["id"], json.loads(arrays["attribute_names"].tobytes()),
-            arrays["attribute"], dense, round(last.timestamp() * 1e6),
+            arrays["attribute"], dense, round(last.timestamp() * 1e6), lineage_of(version, manifest),
         )  # fmt: skip
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FailedPrecondition(
@@ -88,6 +90,20 @@ def read_weights(
             f"Version {version} carries no weights that a training can begin with (a private version, or one of an "
             "older build). Leave initial_version out.",
         ) from error
+
+
+def lineage_of(version: str, manifest: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Returns how a version and its ancestors read the log, from its manifest: the newest first.
+
+    An erasure receipt names whoever began at weights that may hold the person, also when the ancestor is gone.
+    """
+    own = {
+        "version": version,
+        "created_at": manifest["created_at"],
+        "requested_at": manifest.get("requested_at", ""),
+        "watermark": manifest["data"].get("watermark", ""),
+    }
+    return [own, *manifest.get("lineage", [])]
 
 
 def begin_at(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -183,7 +184,12 @@ def _publish(
         arrays=trained.arrays,
         vocabulary=trained.vocabulary,
         encoder_bytes=trained.encoder_bytes,
-        manifest_fields={**trained.manifest_fields, "run_id": run.run_id},
+        # Receipts of erasure are read off these: when the reading of the log was asked for, and what it saw.
+        manifest_fields={
+            **trained.manifest_fields,
+            "run_id": run.run_id,
+            "requested_at": run.created_at.astimezone(UTC).isoformat(),
+        },
         attachments=trained.attachments,
         signing_key=signing_key,
         fence=fence,

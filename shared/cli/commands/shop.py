@@ -22,7 +22,7 @@ from shared.cli.commands.options import (
     JsonOption,
 )
 from shared.cli.installation import Installation
-from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, reports_errors, say, show_json, show_table
+from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, message_dict, reports_errors, say, show_json, show_table
 from shared.errors import InvalidInput
 from shared.importing.mapping import shipped_mappings
 from shared.keys import read_verifying_key
@@ -175,8 +175,69 @@ def forget(
 
 
 @reports_errors
+def receipt(receipt_id: str, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Issue an erasure receipt anew: which models may hold the shopper now."""
+    with Clients(Installation.from_environment(home)) as clients:
+        answer = clients.feedback.GetErasureReceipt(
+            feedback_service_pb2.GetErasureReceiptRequest(receipt_id=receipt_id), timeout=CALL_TIMEOUT_SECONDS
+        )
+    people.show_receipt(answer, as_json=as_json)
+
+
+@reports_errors
+def unknown_items(
+    limit: Annotated[
+        int, typer.Option(min=1, help="The most items to show; those with most events first.")
+    ] = 50,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List items that events name and the catalogue does not know."""
+    found: list[feedback_service_pb2.UnknownItem] = []
+    token, answer = "", feedback_service_pb2.ListUnknownItemsResponse()
+    with Clients(Installation.from_environment(home)) as clients:
+        while len(found) < limit and (token or not found):
+            answer = clients.feedback.ListUnknownItems(
+                feedback_service_pb2.ListUnknownItemsRequest(page_size=limit - len(found), page_token=token),
+                timeout=CALL_TIMEOUT_SECONDS,
+            )
+            found += answer.unknown_items
+            token = answer.next_page_token
+            if not token:
+                break
+    compared = answer.compared_time.ToJsonString()[:19] if answer.HasField("compared_time") else ""
+    if as_json:
+        show_json(
+            {
+                "total": answer.total_size,
+                "compared": compared or None,
+                "items": [message_dict(i) for i in found],
+            }
+        )
+        return
+    if not compared:
+        say("The log was never compared with the catalogue: profile is away, or has no items.")
+        return
+    show_table(
+        f"{answer.total_size:,} items that the catalogue does not know, as of {compared}",
+        ("item", "#events", "first seen (UTC)", "last seen (UTC)"),
+        [
+            (
+                i.item_id,
+                f"{i.event_count:,}",
+                i.first_seen_time.ToJsonString()[:19],
+                i.last_seen_time.ToJsonString()[:19],
+            )
+            for i in found
+        ],
+    )
+
+
+@reports_errors
 def verify_receipt(
-    file: Annotated[Path, typer.Argument(help="What `shopkeeper forget --json` printed.")],
+    file: Annotated[
+        Path, typer.Argument(help="What `shopkeeper forget --json` or `receipt --json` printed.")
+    ],
     key: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Directory with signing_key.pub.pem. Default: the suite's keys."),

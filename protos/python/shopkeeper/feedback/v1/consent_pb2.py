@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shopkeeper/feedback/v1/consent.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x01\n\x07\x43onsent\x12\"\n\x0fpersonalisation\x18\x01 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x1b\n\x08training\x18\x02 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x1c\n\tmarketing\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x35\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x17\n\tforgotten\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x03\x42\x12\n\x10_personalisationB\x0b\n\t_trainingB\x0c\n\n_marketing\"\xbc\x02\n\x0e\x45rasureReceipt\x12\x18\n\nreceipt_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x33\n\terased_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x17\n\tuser_keys\x18\x03 \x03(\x0c\x42\x04\xe2\x41\x01\x03\x12=\n\x0b\x65rased_rows\x18\x04 \x03(\x0b\x32\".shopkeeper.feedback.v1.ErasedRowsB\x04\xe2\x41\x01\x03\x12L\n\x0emodel_versions\x18\x05 \x03(\x0b\x32..shopkeeper.feedback.v1.ContainingModelVersionB\x04\xe2\x41\x01\x03\x12\x1c\n\x0esigned_payload\x18\x06 \x01(\x0c\x42\x04\xe2\x41\x01\x03\x12\x17\n\tsignature\x18\x07 \x01(\x0c\x42\x04\xe2\x41\x01\x03\":\n\nErasedRows\x12\x13\n\x05table\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\trow_count\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\"\xcc\x01\n\x16\x43ontainingModelVersion\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x18\n\nin_service\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0bretire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"\xbe\x02\n\x0bKeyRotation\x12\x1d\n\x0fkey_rotation_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x05state\x18\x02 \x01(\x0e\x32(.shopkeeper.feedback.v1.KeyRotationStateB\x04\xe2\x41\x01\x03\x12 \n\x12target_key_version\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12!\n\x13rewritten_row_count\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12!\n\x13remaining_row_count\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03*\x97\x01\n\x10KeyRotationState\x12\"\n\x1eKEY_ROTATION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKEY_ROTATION_STATE_RUNNING\x10\x01\x12 \n\x1cKEY_ROTATION_STATE_SUCCEEDED\x10\x02\x12\x1d\n\x19KEY_ROTATION_STATE_FAILED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shopkeeper/feedback/v1/consent.proto\x12\x16shopkeeper.feedback.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x01\n\x07\x43onsent\x12\"\n\x0fpersonalisation\x18\x01 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x00\x88\x01\x01\x12\x1b\n\x08training\x18\x02 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x1c\n\tmarketing\x18\x03 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12\x35\n\x0bupdate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x17\n\tforgotten\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x03\x42\x12\n\x10_personalisationB\x0b\n\t_trainingB\x0c\n\n_marketing\"\xf2\x02\n\x0e\x45rasureReceipt\x12\x18\n\nreceipt_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x33\n\terased_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x17\n\tuser_keys\x18\x03 \x03(\x0c\x42\x04\xe2\x41\x01\x03\x12=\n\x0b\x65rased_rows\x18\x04 \x03(\x0b\x32\".shopkeeper.feedback.v1.ErasedRowsB\x04\xe2\x41\x01\x03\x12L\n\x0emodel_versions\x18\x05 \x03(\x0b\x32..shopkeeper.feedback.v1.ContainingModelVersionB\x04\xe2\x41\x01\x03\x12\x1c\n\x0esigned_payload\x18\x06 \x01(\x0c\x42\x04\xe2\x41\x01\x03\x12\x17\n\tsignature\x18\x07 \x01(\x0c\x42\x04\xe2\x41\x01\x03\x12\x34\n\nissue_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\":\n\nErasedRows\x12\x13\n\x05table\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\trow_count\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x03\"\xcc\x01\n\x16\x43ontainingModelVersion\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x18\n\nin_service\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0bretire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\"\xbe\x02\n\x0bKeyRotation\x12\x1d\n\x0fkey_rotation_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x05state\x18\x02 \x01(\x0e\x32(.shopkeeper.feedback.v1.KeyRotationStateB\x04\xe2\x41\x01\x03\x12 \n\x12target_key_version\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12!\n\x13rewritten_row_count\x18\x04 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12!\n\x13remaining_row_count\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03*\x97\x01\n\x10KeyRotationState\x12\"\n\x1eKEY_ROTATION_STATE_UNSPECIFIED\x10\x00\x12\x1e\n\x1aKEY_ROTATION_STATE_RUNNING\x10\x01\x12 \n\x1cKEY_ROTATION_STATE_SUCCEEDED\x10\x02\x12\x1d\n\x19KEY_ROTATION_STATE_FAILED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,6 +57,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ERASURERECEIPT'].fields_by_name['signed_payload']._serialized_options = b'\342A\001\003'
   _globals['_ERASURERECEIPT'].fields_by_name['signature']._loaded_options = None
   _globals['_ERASURERECEIPT'].fields_by_name['signature']._serialized_options = b'\342A\001\003'
+  _globals['_ERASURERECEIPT'].fields_by_name['issue_time']._loaded_options = None
+  _globals['_ERASURERECEIPT'].fields_by_name['issue_time']._serialized_options = b'\342A\001\003'
   _globals['_ERASEDROWS'].fields_by_name['table']._loaded_options = None
   _globals['_ERASEDROWS'].fields_by_name['table']._serialized_options = b'\342A\001\003'
   _globals['_ERASEDROWS'].fields_by_name['row_count']._loaded_options = None
@@ -85,16 +87,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KEYROTATION'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
   _globals['_KEYROTATION'].fields_by_name['end_time']._loaded_options = None
   _globals['_KEYROTATION'].fields_by_name['end_time']._serialized_options = b'\342A\001\003'
-  _globals['_KEYROTATIONSTATE']._serialized_start=1272
-  _globals['_KEYROTATIONSTATE']._serialized_end=1423
+  _globals['_KEYROTATIONSTATE']._serialized_start=1326
+  _globals['_KEYROTATIONSTATE']._serialized_end=1477
   _globals['_CONSENT']._serialized_start=131
   _globals['_CONSENT']._serialized_end=362
   _globals['_ERASURERECEIPT']._serialized_start=365
-  _globals['_ERASURERECEIPT']._serialized_end=681
-  _globals['_ERASEDROWS']._serialized_start=683
-  _globals['_ERASEDROWS']._serialized_end=741
-  _globals['_CONTAININGMODELVERSION']._serialized_start=744
-  _globals['_CONTAININGMODELVERSION']._serialized_end=948
-  _globals['_KEYROTATION']._serialized_start=951
-  _globals['_KEYROTATION']._serialized_end=1269
+  _globals['_ERASURERECEIPT']._serialized_end=735
+  _globals['_ERASEDROWS']._serialized_start=737
+  _globals['_ERASEDROWS']._serialized_end=795
+  _globals['_CONTAININGMODELVERSION']._serialized_start=798
+  _globals['_CONTAININGMODELVERSION']._serialized_end=1002
+  _globals['_KEYROTATION']._serialized_start=1005
+  _globals['_KEYROTATION']._serialized_end=1323
 # @@protoc_insertion_point(module_scope)

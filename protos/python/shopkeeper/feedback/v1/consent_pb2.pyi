@@ -124,11 +124,12 @@ class ErasureReceipt(_message.Message):
     MODEL_VERSIONS_FIELD_NUMBER: _builtins.int
     SIGNED_PAYLOAD_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    ISSUE_TIME_FIELD_NUMBER: _builtins.int
     receipt_id: _builtins.str
     """The identity of the receipt, a UUID."""
     signed_payload: _builtins.bytes
-    """The signed statement: UTF-8 JSON of the fields above, keys sorted, times in
-    RFC 3339, bytes in hexadecimal.
+    """The signed statement: UTF-8 JSON of the fields above and of `issue_time`, keys
+    sorted, times in RFC 3339, bytes in hexadecimal.
     """
     signature: _builtins.bytes
     """The Ed25519 signature of `signed_payload`, 64 bytes, made with the suite's
@@ -150,8 +151,17 @@ class ErasureReceipt(_message.Message):
 
     @_builtins.property
     def model_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContainingModelVersion]:
-        """Model versions in the registry that were trained while the person's events
-        were in the log, and so may still carry their traces.
+        """Model versions in the registry whose data, or whose ancestor's data where
+        training began at another version, were read after the person's first event
+        came in and before the erasure, and so may still carry traces. Read off the
+        data watermark of each manifest; a version that does not tell is named.
+        """
+
+    @_builtins.property
+    def issue_time(self) -> _timestamp_pb2.Timestamp:
+        """When this receipt was issued, and the registry read: part of the statement.
+        A run that was under way then may publish a version later:
+        `GetErasureReceipt` issues the receipt anew.
         """
 
     def __init__(
@@ -164,10 +174,11 @@ class ErasureReceipt(_message.Message):
         model_versions: _abc.Iterable[Global___ContainingModelVersion] | None = ...,
         signed_payload: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        issue_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at", "issue_time", b"issue_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at", "erased_rows", b"erased_rows", "model_versions", b"model_versions", "receipt_id", b"receipt_id", "signature", b"signature", "signed_payload", b"signed_payload", "user_keys", b"user_keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at", "erased_rows", b"erased_rows", "issue_time", b"issue_time", "model_versions", b"model_versions", "receipt_id", b"receipt_id", "signature", b"signature", "signed_payload", b"signed_payload", "user_keys", b"user_keys"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

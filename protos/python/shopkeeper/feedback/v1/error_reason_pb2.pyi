@@ -99,6 +99,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
     be read, or the one does not fit the other; the message says which column.
     """
+    ERROR_REASON_RECEIPT_NOT_FOUND: _ErrorReason.ValueType  # 21
+    """`NOT_FOUND`: no such receipt, or it was lost with a database that was restored.
+    Remedy: `ForgetUser` again issues another one. Metadata: `receiptId`.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -196,6 +200,10 @@ once. Remedy: narrow it. Metadata: `limit`.
 ERROR_REASON_IMPORT_REFUSED: ErrorReason.ValueType  # 20
 """`INVALID_ARGUMENT`: the file or the mapping of an import is not there, cannot
 be read, or the one does not fit the other; the message says which column.
+"""
+ERROR_REASON_RECEIPT_NOT_FOUND: ErrorReason.ValueType  # 21
+"""`NOT_FOUND`: no such receipt, or it was lost with a database that was restored.
+Remedy: `ForgetUser` again issues another one. Metadata: `receiptId`.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from shopkeeper.feedback.v1 import consent_pb2 as _consent_pb2
 from shopkeeper.feedback.v1 import event_kind_pb2 as _event_kind_pb2
 from shopkeeper.feedback.v1 import event_pb2 as _event_pb2
@@ -25,6 +26,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _UnknownItemOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UnknownItemOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UnknownItemOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNKNOWN_ITEM_ORDER_UNSPECIFIED: _UnknownItemOrder.ValueType  # 0
+    """Most events first."""
+    UNKNOWN_ITEM_ORDER_EVENT_COUNT: _UnknownItemOrder.ValueType  # 1
+    """Most events first. An item that gets events between two pages may be on
+    both, or on neither.
+    """
+    UNKNOWN_ITEM_ORDER_ITEM_ID: _UnknownItemOrder.ValueType  # 2
+    """By `item_id`: every item that is unknown all the while is on one page."""
+
+class UnknownItemOrder(_UnknownItemOrder, metaclass=_UnknownItemOrderEnumTypeWrapper):
+    """In which order unknown items are listed."""
+
+UNKNOWN_ITEM_ORDER_UNSPECIFIED: UnknownItemOrder.ValueType  # 0
+"""Most events first."""
+UNKNOWN_ITEM_ORDER_EVENT_COUNT: UnknownItemOrder.ValueType  # 1
+"""Most events first. An item that gets events between two pages may be on
+both, or on neither.
+"""
+UNKNOWN_ITEM_ORDER_ITEM_ID: UnknownItemOrder.ValueType  # 2
+"""By `item_id`: every item that is unknown all the while is on one page."""
+Global___UnknownItemOrder: _TypeAlias = UnknownItemOrder  # noqa: Y015
 
 @_typing.final
 class RecordEventsRequest(_message.Message):
@@ -371,6 +400,28 @@ class ForgetUserRequest(_message.Message):
 Global___ForgetUserRequest: _TypeAlias = ForgetUserRequest  # noqa: Y015
 
 @_typing.final
+class GetErasureReceiptRequest(_message.Message):
+    """Request of `GetErasureReceipt`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_ID_FIELD_NUMBER: _builtins.int
+    receipt_id: _builtins.str
+    """`receipt_id` of the receipt that `ForgetUser` answered with."""
+    def __init__(
+        self,
+        *,
+        receipt_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt_id", b"receipt_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetErasureReceiptRequest: _TypeAlias = GetErasureReceiptRequest  # noqa: Y015
+
+@_typing.final
 class ExportUserRequest(_message.Message):
     """Request of `ExportUser`."""
 
@@ -527,6 +578,121 @@ class GetKeyRotationRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetKeyRotationRequest: _TypeAlias = GetKeyRotationRequest  # noqa: Y015
+
+@_typing.final
+class ListUnknownItemsRequest(_message.Message):
+    """Request of `ListUnknownItems`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """The most items to return, in [1, 1000]. Defaults to 100 when 0; larger
+    values are coerced to 1,000; negative ones fail with `INVALID_ARGUMENT`.
+    """
+    page_token: _builtins.str
+    """`next_page_token` of the page before, with the same `order`. Empty for the
+    first page.
+    """
+    order: Global___UnknownItemOrder.ValueType
+    """The order. Unspecified: most events first."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        order: Global___UnknownItemOrder.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUnknownItemsRequest: _TypeAlias = ListUnknownItemsRequest  # noqa: Y015
+
+@_typing.final
+class UnknownItem(_message.Message):
+    """An item that events name and the catalogue does not know."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    FIRST_SEEN_TIME_FIELD_NUMBER: _builtins.int
+    LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """The item, as events name it."""
+    event_count: _builtins.int
+    """The number of events stored while the catalogue did not know the item that
+    name it, each once, erased ones too.
+    """
+    @_builtins.property
+    def first_seen_time(self) -> _timestamp_pb2.Timestamp:
+        """When the first of them was stored."""
+
+    @_builtins.property
+    def last_seen_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last of them was stored."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        event_count: _builtins.int = ...,
+        first_seen_time: _timestamp_pb2.Timestamp | None = ...,
+        last_seen_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_seen_time", b"first_seen_time", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_count", b"event_count", "first_seen_time", b"first_seen_time", "item_id", b"item_id", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnknownItem: _TypeAlias = UnknownItem  # noqa: Y015
+
+@_typing.final
+class ListUnknownItemsResponse(_message.Message):
+    """Answer of `ListUnknownItems`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UNKNOWN_ITEMS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    COMPARED_TIME_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where to go on. Empty on the last page."""
+    total_size: _builtins.int
+    """The number of unknown items on all pages."""
+    @_builtins.property
+    def unknown_items(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnknownItem]:
+        """The items, in the order asked for."""
+
+    @_builtins.property
+    def compared_time(self) -> _timestamp_pb2.Timestamp:
+        """As of when the whole log has been compared with the catalogue. Absent when
+        it never was: profile is away, its catalogue is empty or too large to be
+        known, or the comparison is switched off.
+        """
+
+    def __init__(
+        self,
+        *,
+        unknown_items: _abc.Iterable[Global___UnknownItem] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+        compared_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compared_time", b"compared_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compared_time", b"compared_time", "next_page_token", b"next_page_token", "total_size", b"total_size", "unknown_items", b"unknown_items"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListUnknownItemsResponse: _TypeAlias = ListUnknownItemsResponse  # noqa: Y015
 
 @_typing.final
 class MetricsFilter(_message.Message):

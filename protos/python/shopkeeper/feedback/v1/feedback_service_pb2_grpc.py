@@ -94,6 +94,11 @@ class FeedbackServiceStub:
                 request_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ForgetUserRequest.SerializeToString,
                 response_deserializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.ErasureReceipt.FromString,
                 _registered_method=True)
+        self.GetErasureReceipt = channel.unary_unary(
+                '/shopkeeper.feedback.v1.FeedbackService/GetErasureReceipt',
+                request_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetErasureReceiptRequest.SerializeToString,
+                response_deserializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.ErasureReceipt.FromString,
+                _registered_method=True)
         self.ExportUser = channel.unary_stream(
                 '/shopkeeper.feedback.v1.FeedbackService/ExportUser',
                 request_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ExportUserRequest.SerializeToString,
@@ -113,6 +118,11 @@ class FeedbackServiceStub:
                 '/shopkeeper.feedback.v1.FeedbackService/GetKeyRotation',
                 request_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetKeyRotationRequest.SerializeToString,
                 response_deserializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.KeyRotation.FromString,
+                _registered_method=True)
+        self.ListUnknownItems = channel.unary_unary(
+                '/shopkeeper.feedback.v1.FeedbackService/ListUnknownItems',
+                request_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsRequest.SerializeToString,
+                response_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsResponse.FromString,
                 _registered_method=True)
         self.GetMetrics = channel.unary_unary(
                 '/shopkeeper.feedback.v1.FeedbackService/GetMetrics',
@@ -250,6 +260,16 @@ class FeedbackServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetErasureReceipt(self, request, context):
+        """Issues a receipt anew: what was erased stands as it was, the model versions
+        are those of the registry now. A training run that had read the log before
+        the erasure and published after it is on this one. Fails with `NOT_FOUND`
+        (`RECEIPT_NOT_FOUND`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportUser(self, request, context):
         """Returns all that is known of a person, decrypted, as JSON lines: consent
         first, then events from the oldest. An unknown person yields the consent
@@ -280,6 +300,14 @@ class FeedbackServiceServicer:
 
     def GetKeyRotation(self, request, context):
         """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListUnknownItems(self, request, context):
+        """Returns the items that events of the log name and profile's catalogue does
+        not know, with how often and since when.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -401,6 +429,11 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
                     request_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ForgetUserRequest.FromString,
                     response_serializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.ErasureReceipt.SerializeToString,
             ),
+            'GetErasureReceipt': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetErasureReceipt,
+                    request_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetErasureReceiptRequest.FromString,
+                    response_serializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.ErasureReceipt.SerializeToString,
+            ),
             'ExportUser': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportUser,
                     request_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ExportUserRequest.FromString,
@@ -420,6 +453,11 @@ def add_FeedbackServiceServicer_to_server(servicer, server):
                     servicer.GetKeyRotation,
                     request_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetKeyRotationRequest.FromString,
                     response_serializer=shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.KeyRotation.SerializeToString,
+            ),
+            'ListUnknownItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUnknownItems,
+                    request_deserializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsRequest.FromString,
+                    response_serializer=shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsResponse.SerializeToString,
             ),
             'GetMetrics': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMetrics,
@@ -749,6 +787,33 @@ class FeedbackService:
             _registered_method=True)
 
     @staticmethod
+    def GetErasureReceipt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shopkeeper.feedback.v1.FeedbackService/GetErasureReceipt',
+            shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetErasureReceiptRequest.SerializeToString,
+            shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.ErasureReceipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ExportUser(request,
             target,
             options=(),
@@ -846,6 +911,33 @@ class FeedbackService:
             '/shopkeeper.feedback.v1.FeedbackService/GetKeyRotation',
             shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.GetKeyRotationRequest.SerializeToString,
             shopkeeper_dot_feedback_dot_v1_dot_consent__pb2.KeyRotation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUnknownItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shopkeeper.feedback.v1.FeedbackService/ListUnknownItems',
+            shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsRequest.SerializeToString,
+            shopkeeper_dot_feedback_dot_v1_dot_feedback__service__pb2.ListUnknownItemsResponse.FromString,
             options,
             channel_credentials,
             insecure,

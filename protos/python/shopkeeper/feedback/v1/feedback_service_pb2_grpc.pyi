@@ -85,6 +85,12 @@ class FeedbackServiceStub:
     this `user_id` is `REJECTED` (`USER_FORGOTTEN`), for ever. Doing it again
     is harmless, and returns a receipt of what was left to erase.
     """
+    GetErasureReceipt: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetErasureReceiptRequest, _consent_pb2.ErasureReceipt]
+    """Issues a receipt anew: what was erased stands as it was, the model versions
+    are those of the registry now. A training run that had read the log before
+    the erasure and published after it is on this one. Fails with `NOT_FOUND`
+    (`RECEIPT_NOT_FOUND`).
+    """
     ExportUser: _grpc.UnaryStreamMultiCallable[_feedback_service_pb2.ExportUserRequest, _feedback_service_pb2.ExportUserResponse]
     """Returns all that is known of a person, decrypted, as JSON lines: consent
     first, then events from the oldest. An unknown person yields the consent
@@ -103,6 +109,10 @@ class FeedbackServiceStub:
     """
     GetKeyRotation: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetKeyRotationRequest, _consent_pb2.KeyRotation]
     """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`)."""
+    ListUnknownItems: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.ListUnknownItemsRequest, _feedback_service_pb2.ListUnknownItemsResponse]
+    """Returns the items that events of the log name and profile's catalogue does
+    not know, with how often and since when.
+    """
     GetMetrics: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.GetMetricsRequest, _metrics_pb2.Metrics]
     """Returns online metrics of recommendations over a time range."""
     WatchMetrics: _grpc.UnaryStreamMultiCallable[_feedback_service_pb2.WatchMetricsRequest, _metrics_pb2.Metrics]
@@ -184,6 +194,12 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     this `user_id` is `REJECTED` (`USER_FORGOTTEN`), for ever. Doing it again
     is harmless, and returns a receipt of what was left to erase.
     """
+    GetErasureReceipt: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetErasureReceiptRequest, _consent_pb2.ErasureReceipt]  # type: ignore[assignment]
+    """Issues a receipt anew: what was erased stands as it was, the model versions
+    are those of the registry now. A training run that had read the log before
+    the erasure and published after it is on this one. Fails with `NOT_FOUND`
+    (`RECEIPT_NOT_FOUND`).
+    """
     ExportUser: _aio.UnaryStreamMultiCallable[_feedback_service_pb2.ExportUserRequest, _feedback_service_pb2.ExportUserResponse]  # type: ignore[assignment]
     """Returns all that is known of a person, decrypted, as JSON lines: consent
     first, then events from the oldest. An unknown person yields the consent
@@ -202,6 +218,10 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """
     GetKeyRotation: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetKeyRotationRequest, _consent_pb2.KeyRotation]  # type: ignore[assignment]
     """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`)."""
+    ListUnknownItems: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.ListUnknownItemsRequest, _feedback_service_pb2.ListUnknownItemsResponse]  # type: ignore[assignment]
+    """Returns the items that events of the log name and profile's catalogue does
+    not know, with how often and since when.
+    """
     GetMetrics: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.GetMetricsRequest, _metrics_pb2.Metrics]  # type: ignore[assignment]
     """Returns online metrics of recommendations over a time range."""
     WatchMetrics: _aio.UnaryStreamMultiCallable[_feedback_service_pb2.WatchMetricsRequest, _metrics_pb2.Metrics]  # type: ignore[assignment]
@@ -342,6 +362,18 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetErasureReceipt(
+        self,
+        request: _feedback_service_pb2.GetErasureReceiptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_consent_pb2.ErasureReceipt, _abc.Awaitable[_consent_pb2.ErasureReceipt]]:
+        """Issues a receipt anew: what was erased stands as it was, the model versions
+        are those of the registry now. A training run that had read the log before
+        the erasure and published after it is on this one. Fails with `NOT_FOUND`
+        (`RECEIPT_NOT_FOUND`).
+        """
+
+    @_abc_1.abstractmethod
     def ExportUser(
         self,
         request: _feedback_service_pb2.ExportUserRequest,
@@ -382,6 +414,16 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_consent_pb2.KeyRotation, _abc.Awaitable[_consent_pb2.KeyRotation]]:
         """Returns a key rotation. Fails with `NOT_FOUND` (`KEY_ROTATION_NOT_FOUND`)."""
+
+    @_abc_1.abstractmethod
+    def ListUnknownItems(
+        self,
+        request: _feedback_service_pb2.ListUnknownItemsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_feedback_service_pb2.ListUnknownItemsResponse, _abc.Awaitable[_feedback_service_pb2.ListUnknownItemsResponse]]:
+        """Returns the items that events of the log name and profile's catalogue does
+        not know, with how often and since when.
+        """
 
     @_abc_1.abstractmethod
     def GetMetrics(
