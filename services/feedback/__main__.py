@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import grpc
 import psycopg
@@ -338,7 +340,7 @@ def rewrap_keys(settings: FeedbackSettings) -> None:
         database.close()
 
 
-def move_tombstones(settings: FeedbackSettings, command: str) -> None:
+def move_tombstones(settings: FeedbackSettings, command: str, *options: str) -> None:
     """Writes the list of erased people to stdout, or reads it from stdin."""
     database = Database(resolve_url(settings), schema=SERVICE, pool_size=2)
     try:
@@ -346,9 +348,28 @@ def move_tombstones(settings: FeedbackSettings, command: str) -> None:
         if command == "export-tombstones":
             sys.stdout.write(tombstones.export())
         else:
-            print(f"{tombstones.replay(sys.stdin.read())} people to be erased again: run finish-erasures")
+            replayed = tombstones.replay(sys.stdin.read(), _exported_after(options))
+            newest = replayed.newest_erased_at
+            print(
+                f"{replayed.people} people to be erased again, as of {replayed.exported_at.isoformat(timespec='seconds')}"
+                f" (the newest erasure {newest.isoformat(timespec='seconds') if newest else 'none'}): run "
+                "finish-erasures. Who was erased after that is not on the list: see the receipts since."
+            )
     finally:
         database.close()
+
+
+def _exported_after(arguments: Sequence[str]) -> datetime | None:
+    match arguments:
+        case []:
+            return None
+        case ["--exported-after", moment]:
+            with suppress(ValueError):
+                after = datetime.fromisoformat(moment)
+                return after if after.tzinfo else after.replace(tzinfo=UTC)
+    raise FailedPrecondition(
+        "USAGE", "replay-tombstones takes --exported-after 2026-01-31T12:00:00Z, or nothing."
+    )
 
 
 def main() -> None:
@@ -364,7 +385,7 @@ def main() -> None:
     elif command == "rewrap-keys":
         rewrap_keys(load_settings(FeedbackSettings))
     elif command in ("export-tombstones", "replay-tombstones"):
-        move_tombstones(load_settings(FeedbackSettings), command)
+        move_tombstones(load_settings(FeedbackSettings), command, *sys.argv[2:])
     else:
         raise FailedPrecondition(
             "USAGE",

@@ -174,6 +174,7 @@ class LogWriter:
             exceptions = self._verdicts_of_missing(connection, subset, stored_keys or b"")
             if rows is not None:
                 exceptions = {rows[row]: verdict for row, verdict in exceptions.items()}
+        freed: list[int] = []
         if rows is not None:
             kept = set(rows)
             for row, key in enumerate(keys):
@@ -182,12 +183,28 @@ class LogWriter:
                 first = first_row[key]
                 verdict = exceptions.get(first)
                 if verdict is AppendVerdict.USER_FORGOTTEN:
-                    exceptions[row] = verdict
+                    freed.append(row)
                 elif digests[row] == digests[first]:
                     exceptions[row] = verdict or AppendVerdict.DUPLICATE
                 else:
                     exceptions[row] = AppendVerdict.PAYLOAD_CONFLICT
+        if freed:
+            # Whose event came first has been forgotten, and took no id: it is left to the next who lives.
+            tombstone_keys = columns.column("tombstone_key")
+            forgotten = self._forgotten(connection, [tombstone_keys[row] for row in freed])
+            exceptions |= {
+                row: AppendVerdict.USER_FORGOTTEN for row in freed if tombstone_keys[row] in forgotten
+            }
+            if living := [row for row in freed if tombstone_keys[row] not in forgotten]:
+                after = self._append(connection, columns.taken(living))
+                exceptions |= {living[row]: verdict for row, verdict in after.exceptions.items()}
+                xid = str(after.xid)
         return Appended(int(xid), exceptions)
+
+    @staticmethod
+    def _forgotten(connection: psycopg.Connection[Any], tombstone_keys: Sequence[bytes]) -> set[bytes]:
+        graves = connection.execute(_FORGOTTEN, [pg_arrays.key_array(tombstone_keys)], binary=True)
+        return {key for (key,) in graves.fetchall()}
 
     def _insert(
         self, connection: psycopg.Connection[Any], columns: EventColumns
