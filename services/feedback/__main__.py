@@ -200,7 +200,10 @@ def wire(settings: FeedbackSettings, url: str) -> Feedback:
     bots = BotMarks(
         database,
         BotRules(
-            settings.bot_views_per_minute, settings.bot_bare_views_per_hour, settings.bot_users_per_session
+            settings.bot_views_per_minute,
+            settings.bot_bare_views_per_hour,
+            settings.bot_users_per_session,
+            settings.bot_metronome_views,
         ),
         wait=stopped.wait,
     )

@@ -39,6 +39,12 @@ class FeedbackSettings(ServiceSettings):
     bot_users_per_session: int = Field(
         8, ge=1, le=1_000, description="Shoppers in one session and hour beyond which it is a bot's."
     )
+    bot_metronome_views: int = Field(
+        30,
+        ge=10,
+        le=600,
+        description="Item views in one hour from which on equal intervals between them make a bot.",
+    )
     bot_check_seconds: float = Field(
         5.0, gt=0, le=3_600, description="How often new events are looked through for bots."
     )

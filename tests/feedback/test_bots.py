@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from shopkeeper.feedback.v1 import consent_pb2, event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 
 from services.feedback.__main__ import wire
-from services.feedback.domain.bots import BotRules
+from services.feedback.domain.bots import BotRules, is_metronome
 from services.feedback.servicer import SERVICE_NAME
 from services.feedback.settings import FeedbackSettings
 from services.feedback.storage.bot_marks import BotMarks
 from tests.feedback.conftest import DUPLICATE, STORED, Shop, event, item_view, now_ms, uuid7
 
-RULES = BotRules(views_per_minute=20, bare_views_per_hour=40, users_per_session=3)
+RULES = BotRules(views_per_minute=20, bare_views_per_hour=40, users_per_session=3, metronome_views=12)
 MINUTE_MS = 60_000
 
 
@@ -68,6 +71,78 @@ def test_a_minute_with_more_views_than_a_person_can_look_at_is_marked_and_kept_f
     assert marked(shop) == 21
     assert trained_on(shop) == 21
     assert shop.sql("SELECT count(*) FROM feedback.events_v1") == [(42,)]
+
+
+def steps_ms(rng: np.random.Generator, jitter: float, count: int = 12, period_ms: int = 90_000) -> list[int]:
+    return np.cumsum(period_ms * (1 + jitter * rng.uniform(-1, 1, count))).astype(int).tolist()
+
+
+@pytest.mark.parametrize("page_rows", [1, 5, 100_000])
+def test_views_at_equal_intervals_are_a_machines(shop: Shop, other: Shop, page_rows: int) -> None:
+    start, rng = start_of_hour(), np.random.default_rng(3)
+    machine = [view(start + n, dwell=5) for n in steps_ms(rng, 0.04)]
+    person = [view(start + n, user="bob", dwell=5) for n in steps_ms(rng, 0.9)]
+    few = [view(start + n, user="eve", dwell=5) for n in steps_ms(rng, 0.0, 11)]
+    # In any order, through either replica: the marks are those of the whole.
+    for place in rng.permutation(12):
+        (shop, other)[place % 2].record(machine[place], person[place], *few[place : place + 1])
+    mark(shop, page_rows)
+    assert marked(shop) == 12
+    assert trained_on(shop) == 23
+    # What follows within the hour is the machine's as well, whatever it is.
+    other.record(event(event_id=uuid7(start + 30 * MINUTE_MS), wish_list=event_pb2.WishList(item_id="lamp")))
+    mark(other, page_rows)
+    assert marked(shop) == 13
+
+
+def test_a_session_that_beats_time_with_several_shoppers_is_a_machines(shop: Shop) -> None:
+    start = start_of_hour()
+    shop.record(
+        *[view(start + n * 100_000, user=f"user {n % 3}", session="s", dwell=5) for n in range(1, 13)]
+    )
+    mark(shop)
+    assert marked(shop) == 12
+
+
+def spread_by_loops(moments: list[int]) -> float:
+    """The naive twin: the spread of nine of ten intervals over the middle one."""
+    gaps = sorted(after - before for before, after in itertools.pairwise(moments))
+
+    def quantile(share: float) -> float:
+        place = share * (len(gaps) - 1)
+        low = int(place)
+        return gaps[low] + (place - low) * (gaps[min(low + 1, len(gaps) - 1)] - gaps[low])
+
+    return (quantile(0.9) - quantile(0.1)) / quantile(0.5)
+
+
+def test_the_beat_agrees_with_a_naive_twin() -> None:
+    rng, verdicts = np.random.default_rng(7), Counter[bool]()
+    for _ in range(500):
+        moments = sorted(set(steps_ms(rng, float(rng.choice([0.02, 0.06, 0.12])), 40, 70_001)))
+        verdict = is_metronome(moments, 30)
+        verdicts[verdict] += 1
+        assert verdict == (spread_by_loops(moments) <= 0.1)
+    assert min(verdicts.values()) > 100
+
+
+def test_a_pause_does_not_hide_a_machine_and_a_coarse_clock_makes_none() -> None:
+    beat = [n * 10_007 for n in range(40)]
+    paused = [moment + 500_000 * (moment > 200_000) for moment in beat]
+    assert is_metronome(beat, 30)
+    assert is_metronome(paused, 30)
+    assert not is_metronome(beat[:29], 30)
+    # Everything that happens within a minute has the minute's time.
+    assert not is_metronome([n * MINUTE_MS for n in range(40)], 30)
+    assert not is_metronome([n * 1_000 for n in range(40)], 30)
+    assert is_metronome([n * 10_000 for n in range(40)], 30)
+
+
+def test_people_who_browse_at_random_are_seldom_taken_for_machines() -> None:
+    rng = np.random.default_rng(11)
+    # Exponential is steadier than people are: their pauses have heavy tails.
+    hours = (np.cumsum(rng.exponential(60_000, 40)).astype(int).tolist() for _ in range(2_000))
+    assert sum(is_metronome(hour, 30) for hour in hours) == 0
 
 
 @pytest.mark.parametrize("page_rows", [1, 5, 100_000])

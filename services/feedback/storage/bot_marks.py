@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from services.feedback.domain.bots import BotRules
+from services.feedback.domain.bots import BotRules, is_metronome
 from services.feedback.storage.partitions import WRITERS_LOCK
 from shared.database import Database
 from shared.event_kinds import EventKind
@@ -19,6 +19,8 @@ PAGE_ROWS = 100_000
 # A window that nothing came to for so long is forgotten; what comes later is counted anew.
 _KEPT_DAYS = 2
 _TIDY_SECONDS = 3_600.0
+# Of an hour, the earliest; by then a machine is known.
+MOMENTS = 600
 _ITEM_VIEW = int(EventKind.ITEM_VIEW)
 
 # Transactions below the horizon have ended: nothing can appear behind it, so a number is watermark enough.
@@ -33,7 +35,9 @@ FROM feedback.bot_watermark AS w FOR UPDATE
 _COUNT = """
 WITH fresh AS (
     SELECT user_key, session_key, occurred_at, key_version, kind = %(view)s AS is_view,
-        kind <> %(view)s OR COALESCE(value, 0) > 0 AS is_human
+        kind <> %(view)s OR COALESCE(value, 0) > 0 AS is_human,
+        (extract(epoch FROM occurred_at - date_bin('1 hour', occurred_at, '2000-01-01Z'::timestamptz)) * 1000)::integer
+            AS moment
     FROM feedback.events
     WHERE xid >= %(after)s::xid8 AND xid < %(before)s::xid8 AND quarantine_reason IS NULL
 ), subjects AS (
@@ -44,24 +48,30 @@ WITH fresh AS (
     SELECT s.subject_key, s.is_session, w.seconds,
         date_bin(make_interval(secs => w.seconds), s.occurred_at, '2000-01-01Z'::timestamptz) AS starts_at,
         s.key_version, count(*) FILTER (WHERE s.is_view) AS views, count(*) FILTER (WHERE s.is_human) AS human_events,
-        (array_agg(DISTINCT s.user_key))[1:%(users)s + 1] AS user_keys
+        (array_agg(DISTINCT s.user_key))[1:%(users)s + 1] AS user_keys,
+        -- The earliest are the same whatever comes first.
+        COALESCE((array_agg(DISTINCT s.moment ORDER BY s.moment) FILTER (WHERE s.is_view AND w.seconds = 3600))
+            [1:%(moments)s], '{}') AS moments
     FROM subjects AS s CROSS JOIN (VALUES (60::smallint), (3600::smallint)) AS w (seconds)
     WHERE w.seconds = 3600 OR s.is_view
     GROUP BY 1, 2, 3, 4, 5
 )
 INSERT INTO feedback.bot_windows AS b
-    (subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys)
-SELECT subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys FROM counted
+    (subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments)
+SELECT subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments FROM counted
 ORDER BY subject_key, starts_at, seconds
 ON CONFLICT (subject_key, starts_at, seconds, is_session, key_version) DO UPDATE SET
     views = b.views + excluded.views,
     human_events = b.human_events + excluded.human_events,
     user_keys = (ARRAY(SELECT DISTINCT unnest(b.user_keys || excluded.user_keys)))[1:%(users)s + 1],
+    moments = CASE WHEN b.seconds = 3600 THEN
+        (ARRAY(SELECT DISTINCT m FROM unnest(b.moments || excluded.moments) AS m ORDER BY m))[1:%(moments)s] ELSE '{}' END,
     counted_at = now()
 RETURNING subject_key, is_session, starts_at, seconds, user_keys,
     (seconds = 60 AND views > %(rate)s)
     OR (seconds = 3600 AND human_events = 0 AND views > %(bare)s)
-    OR (seconds = 3600 AND is_session AND cardinality(user_keys) > %(users)s) AS beyond
+    OR (seconds = 3600 AND is_session AND cardinality(user_keys) > %(users)s) AS beyond,
+    CASE WHEN cardinality(moments) >= %(metronome)s THEN moments END AS moments
 """
 # By the index of shoppers: a session's rows are found through whose they are. Those of shoppers beyond the list came
 # after the session was over its limit, and are in the page just counted.
@@ -124,10 +134,13 @@ class BotMarks:
                 _COUNT,
                 {
                     **bounds, "view": _ITEM_VIEW, "rate": rules.views_per_minute, "bare": rules.bare_views_per_hour,
-                    "users": rules.users_per_session,
+                    "users": rules.users_per_session, "metronome": rules.metronome_views, "moments": MOMENTS,
                 },
             ).fetchall()  # fmt: skip
-            beyond = [row for row in counted if row[5]]
+            beyond = [
+                row for row in counted
+                if row[5] or (row[6] is not None and is_metronome(row[6], rules.metronome_views))
+            ]  # fmt: skip
             marked = 0
             if beyond:
                 subjects, sessions, starts, seconds = ([row[column] for row in beyond] for column in range(4))
