@@ -13,10 +13,12 @@ class Events:
     Attributes:
         scalars: (step, value) by name, in the order written.
         texts: by name.
+        pictures: PNGs by name, with the width and the height that are told of each.
     """
 
     scalars: dict[str, list[tuple[int, float]]]
     texts: dict[str, str]
+    pictures: dict[str, tuple[int, int, bytes]]
 
 
 def events_in(directory: Path) -> Events:
@@ -24,7 +26,7 @@ def events_in(directory: Path) -> Events:
     import tensorflow as tf
     from tensorflow.core.util import event_pb2
 
-    found = Events({}, {})
+    found = Events({}, {}, {})
     for path in sorted(directory.glob("events.out.tfevents.*")):
         for record in tf.data.TFRecordDataset(str(path)):
             event = event_pb2.Event.FromString(record.numpy())
@@ -32,6 +34,9 @@ def events_in(directory: Path) -> Events:
                 plugin, tensor = value.metadata.plugin_data.plugin_name, tf.make_ndarray(value.tensor)
                 if plugin == "scalars":
                     found.scalars.setdefault(value.tag, []).append((event.step, float(tensor)))
+                elif plugin == "images":
+                    width, height, png = tensor.tolist()
+                    found.pictures[value.tag] = (int(width), int(height), png)
                 else:
                     assert plugin == "text"
                     found.texts[value.tag] = tensor.item().decode()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.trainer.pipeline.card import draw_curve
 from services.trainer.pipeline.event_log import EventLog, scalars_of, scalars_of_pass
 from tests.trainer.event_files import events_in
 
@@ -32,7 +33,9 @@ def test_curves_and_outcome_are_read_back_by_name_and_step(tmp_path: Path) -> No
     log = EventLog(tmp_path / "run" / "tensorboard")
     loss_S, rate_S = np.linspace(4, 2, 950), np.full(950, 1e-3)
     scalars_of_pass(log.scalars, 1000, PassCurve(3.0, loss_S, rate_S))
-    log.outcome(MANIFEST, "# Model card\n\n**Gate: FAILED.**")
+    picture = draw_curve([1, 2], [3.0, 2.0], [0.1, 0.2], 2)
+    card = b"# Model card\n\n**Gate: FAILED.**"
+    log.outcome(MANIFEST, {"card.md": card, "training_curve.png": picture, "weights.safetensors": b"no"})
     log.close()
 
     found = events_in(tmp_path / "run" / "tensorboard")
@@ -43,6 +46,8 @@ def test_curves_and_outcome_are_read_back_by_name_and_step(tmp_path: Path) -> No
     assert losses[0] == (60, pytest.approx(loss_S[:10].mean()))
     assert found.scalars["train/learning_rate"][0] == (60, pytest.approx(1e-3))
     assert found.texts == {"card": "# Model card\n\n**Gate: FAILED.**"}
+    # What is told of a picture is what it measures.
+    assert found.pictures == {"card/training_curve": (660, 396, picture)}
     outcome = {name: values for name, values in found.scalars.items() if not name.startswith("train/")}
     assert outcome == {
         name: [(1000, pytest.approx(value))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.trainer.pipeline.dataset import Cleaning, clean, leave_one_out
+from services.trainer.pipeline.dataset import Cleaning, EventColumns, clean, leave_one_out
 from services.trainer.pipeline.evaluation import popularity, rank_by_blend
 from services.trainer.pipeline.gate import SLICE_TOLERANCE, judge
 from services.trainer.pipeline.published import (
@@ -17,6 +17,7 @@ from services.trainer.pipeline.published import (
     encode_published,
     newer_than,
     published_ndcg,
+    published_slices,
 )
 from services.trainer.pipeline.report import (
     Calibration,
@@ -31,6 +32,7 @@ from shared.bundle import Bundle, Registry, ScoringParameters, load_bundle, writ
 from shared.bundle.history import history_from_events
 from shared.bundle.scoring import naive_blended_scores
 from shared.bundle.sum_encoder import build_sum_encoder
+from shared.event_kinds import EventKind
 from shared.keys import read_signing_key, read_verifying_key
 from shared.ranking_metrics import Interval
 from tests.trainer.conftest import columns_of, walk
@@ -271,3 +273,58 @@ def test_each_part_of_the_people_that_loses_more_than_its_tolerance_is_refused_h
     # A loss of 0.144 is beyond the tolerance of 0.05; of a quarter as much chance is no excuse, but it is within.
     assert any(reason.startswith(name) for reason in refusals(everyone_B))
     assert refusals(a_quarter_B) == []
+
+
+def test_segments_are_those_of_the_moment_before_the_held_out_event() -> None:
+    buy, look = int(EventKind.PURCHASE), int(EventKind.ITEM_VIEW)
+    day = 86_400_000_000
+    kinds = [[look, look, buy], [buy, look, look], [look, buy, look], [look, look, look]]
+    days = [[0, 1, 2], [0, 1, 31], [0, 1, 30.9], [0, 40, 41]]
+    histories = clean(
+        EventColumns(
+            np.repeat(np.arange(4), 3), np.tile(np.arange(3, dtype=np.int32), 4), np.array(kinds, np.int32).ravel(),
+            (np.array(days).ravel() * day).astype(np.int64), np.zeros(12, np.int64), ["a", "b", "c"],
+        ),
+        Cleaning(),
+    )  # fmt: skip
+    test = leave_one_out(histories, exclude_seen=False).test
+    parts = {name: chosen_B.tolist() for name, chosen_B in slices_of(histories, test) if "segment" in name}
+    assert parts == {
+        # The first buys with the event that is held out: nobody could know.
+        "segment: never bought before": [True, False, False, True],
+        "segment: bought before": [False, True, True, False],
+        "segment: back after 30 days or more": [False, True, False, False],
+        "segment: away for less than 30 days": [True, False, True, True],
+    }
+    # Where the log tells nobody apart, a segment would be everybody.
+    plain = clean(columns_of(walk(users=20, items=ITEMS, seed=3)), Cleaning())
+    names = [name for name, _ in slices_of(plain, leave_one_out(plain, exclude_seen=False).test)]
+    assert not any("segment" in name for name in names)
+
+
+def test_versions_that_no_event_can_compare_are_compared_slice_by_slice_at_what_each_was_measured(
+    incumbent: Bundle, tmp_path: Path
+) -> None:
+    half = {"value": 0.5, "low": 0.45, "high": 0.55}
+    incumbent.manifest["slices"] = [
+        {"name": "people a", "users": 80, "metrics": {"ndcg@10": half}},
+        {"name": "people b", "users": 80, "metrics": {"ndcg@10": half}},
+        {"name": "people c", "users": 19, "metrics": {"ndcg@10": half}},
+        {"name": "people a; newer than the incumbent", "users": 80, "metrics": {"ndcg@10": half}, "incumbent_metrics": {}},
+        {"name": "torn", "users": 80},
+    ]  # fmt: skip
+    old = published_slices(incumbent, 20)
+    assert set(old) == {"people a", "people b"}
+    # Worse by 0.15 ± 0.0707 for a, within the tolerance for b; c is too small, d is unknown to the old version.
+    new = tuple(
+        SliceReport(f"people {name}", 90, {"ndcg@10": Interval(value, value - 0.05, value + 0.05)})
+        for name, value in (("a", 0.35), ("b", 0.48), ("c", 0.1), ("d", 0.1))
+    )
+    found = compare_published("old", Interval(0.6, 0.58, 0.62), Interval(0.5, 0.48, 0.52), 300, new, old)
+    assert [part.name for part in found.slices] == ["people a", "people b"]
+    verdict = verdict_of(found)
+    refused = [check for check in verdict.checks if not check.passed]
+    assert [check.name for check in refused] == ["slice_no_worse"]
+    assert refused[0].reason.startswith("people a: ")
+    assert "by what each was measured at" in refused[0].reason
+    assert "-0.1500, interval [-0.2207, -0.0793]" in refused[0].reason

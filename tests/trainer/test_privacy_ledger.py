@@ -147,6 +147,48 @@ def test_charges_at_the_same_time_do_not_overspend_together(database: Database) 
     assert ledger.budget("main").epsilon_spent <= 2.0
 
 
+def test_a_clock_that_is_set_back_dates_no_charge_before_the_ones_already_there(database: Database) -> None:
+    ledger = ledger_of(database, 2.0)
+    ledger.charge(charge_of_one("a"))
+    # The clock went back by 400 days: what was charged lies so far ahead of it.
+    turn_back(database, -timedelta(days=400))
+    ledger.charge(charge_of_one("b"))
+    newest, oldest = ledger.budget("main").charges
+    assert newest.charged_at is not None
+    assert oldest.charged_at is not None
+    assert newest.charged_at >= oldest.charged_at
+    with pytest.raises(FailedPrecondition):
+        ledger.charge(PrivacyCharge("c", 1, "main", 1.9, 1e-6, "COUNTS", (noise_for(1.9, 1e-6),)))
+    # The clock is right again: both are of today, and count.
+    turn_back(database, timedelta(days=400))
+    assert ledger.budget("main").epsilon_spent == pytest.approx(
+        epsilon_of_ledger([charge_of_one("a"), charge_of_one("b")], DELTA)
+    )
+
+
+def test_a_clock_that_ran_ahead_leaves_its_charges_counting_until_their_own_year_is_over(
+    database: Database,
+) -> None:
+    ledger = ledger_of(database, 1.2)
+    ledger.charge(charge_of_one("a"))
+    turn_back(database, -timedelta(days=30))
+    with pytest.raises(FailedPrecondition) as refused:
+        ledger.charge(charge_of_one("b"))
+    fits_at = datetime.fromisoformat(refused.value.metadata["fitsAt"])
+    assert fits_at - datetime.now(UTC) > timedelta(days=394)
+
+
+def test_nobody_may_say_when_a_charge_was_made(database: Database) -> None:
+    with database.connect() as connection:
+        connection.execute(
+            "INSERT INTO privacy_charges (run_id, attempt, model, epsilon, delta, mechanism, releases, charged_at) "
+            "VALUES ('old', 1, 'main', 1, 1e-6, 'COUNTS', '[{\"noise_multiplier\": 4.5}]', '2020-01-01')"
+        )
+    (charge,) = ledger_of(database, 10).budget("main").charges
+    assert charge.charged_at is not None
+    assert datetime.now(UTC) - charge.charged_at < timedelta(minutes=5)
+
+
 def test_a_refusal_says_what_is_left_and_when_the_budget_returns(database: Database) -> None:
     ledger = ledger_of(database, 1.2)
     ledger.charge(charge_of_one("a"))

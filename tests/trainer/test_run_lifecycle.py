@@ -157,6 +157,9 @@ def assert_tells_what_the_card_says(
 ) -> None:
     """The run's events hold its curves, and the numbers and the words that its version makes public."""
     assert curves.texts == {"card": version.card}
+    shown = {name.removeprefix("card/") for name in curves.pictures}
+    assert {"training_curve", "ladder", "slices", "reliability"} <= shown
+    assert all(f"({name}.png)" in version.card for name in shown)
     by_step = {entry.step: entry.loss for entry in passes}
     assert {step: pytest.approx(loss) for step, loss in curves.scalars["pass/loss"]} == by_step
     assert [value for _, value in curves.scalars["pass/validation ndcg@10"]] == pytest.approx(

@@ -13,6 +13,16 @@ from services.trainer.pipeline.report import MEASURES, Calibration, Comparison, 
 CURVE, LADDER = "training_curve.png", "ladder.png"
 SLICES, RELIABILITY = "slices.png", "reliability.png"
 SIMULATION = "SIMULATION"
+_RUNGS = {
+    "blend": "what is served",
+    "transformer": "its sequence model alone",
+    "cooccurrence": "its counts of what follows what alone",
+    "item_knn": "item-kNN, cosine",
+    "ease": "EASE (Steck, 2019)",
+    "founding": "dot product of person and item, binary cross-entropy",
+    "popularity_decayed": "recent popularity, the same for all",
+    "popularity": "popularity, the same for all",
+}
 _BEYOND = ("coverage@10", "novelty@10", "diversity@10", "popularity_bias@10")
 
 
@@ -33,6 +43,7 @@ def draw_curve(
     figure, left = plt.subplots(figsize=(6, 3.6), dpi=110)
     left.plot(epochs, losses, color="tab:grey", label="training loss")
     left.set_xlabel("pass over the data")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("training loss (nats an event)")
     right = left.twinx()
     # Not every pass is measured.
@@ -76,7 +87,8 @@ def draw_slices(report: Report, comparison: Comparison | None = None, label: str
             [v.value for v in old],
             0.4,
             color="tab:grey",
-            label="version in service",
+            label="version in service"
+            + ("" if comparison is not None and comparison.same_people else ", as published"),
         )
         axes.legend()
     axes.set_yticks(places, [f"{part.name} ({part.user_count:,})" for part in parts])
@@ -137,7 +149,10 @@ def write_card(
     for rung in report.ladder:
         cells = [_cell(rung.metrics[name]) for name in MEASURES]
         lines.append(f"| {rung.name} | {' | '.join(cells)} |")
+    known = [f"{rung.name}: {_RUNGS[rung.name]}" for rung in report.ladder if rung.name in _RUNGS]
     lines += [
+        "",
+        "; ".join(known) + ". One item is wanted of each person, so that recall is the hit rate.",
         "",
         f"![ladder]({LADDER})",
         "",
@@ -160,6 +175,9 @@ def write_card(
         f"![reliability]({RELIABILITY})",
         "",
         "### Slices of the blend",
+        "",
+        "New people are those with few events, new items those with few. Segments are of the moment before the held-out "
+        "event; those are left out that the log cannot tell apart.",
         "",
         "| people | number | hr@10 | ndcg@10 |",
         "|---|---|---|---|",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,8 +10,14 @@ import numpy.typing as npt
 from services.trainer.pipeline.dataset import MIN_USERS, HeldOut, Histories
 from services.trainer.pipeline.evaluation import Contestants, rank_by_blend, sample_rows
 from services.trainer.pipeline.plan import Plan
-from services.trainer.pipeline.published import contestants_of, encode_published, newer_than, published_ndcg
-from services.trainer.pipeline.report import Comparison, compare, compare_published
+from services.trainer.pipeline.published import (
+    contestants_of,
+    encode_published,
+    newer_than,
+    published_ndcg,
+    published_slices,
+)
+from services.trainer.pipeline.report import Comparison, SliceReport, compare, compare_published
 from shared.bundle import Bundle
 from shared.ranking_metrics import Interval
 
@@ -26,6 +32,7 @@ def compare_with_incumbent(
     test: HeldOut,
     rank_B: npt.NDArray[np.int64],
     measures: Mapping[str, Interval],
+    slices: Sequence[SliceReport],
     contestants: Contestants,
     plan: Plan,
     seed: int,
@@ -35,6 +42,10 @@ def compare_with_incumbent(
 
     The one in service was trained on every event of its day. Only events after those are a fair question to
     it; where there are too few, what both were measured at before they saw their test is compared.
+
+    Args:
+        rank_B: of the test by the new version.
+        measures, slices: of the new version, on the whole test.
     """
     fresh = newer_than(incumbent, histories, test)
     fresh = fresh[sample_rows(len(fresh), COMPARED_USERS, seed)]
@@ -42,7 +53,14 @@ def compare_with_incumbent(
         old_interval, why_none = published_ndcg(incumbent, plan.split, plan.exclude_seen)
         if old_interval is None:
             return Comparison(incumbent.version, _NO_LEAD, len(test), False, why_none=why_none)
-        return compare_published(incumbent.version, measures["ndcg@10"], old_interval, len(test))
+        return compare_published(
+            incumbent.version,
+            measures["ndcg@10"],
+            old_interval,
+            len(test),
+            tuple(part for part in slices if part.user_count >= MIN_USERS),
+            published_slices(incumbent, MIN_USERS),
+        )
     asked = test.take(fresh)
     served = contestants_of(incumbent, histories, contestants.popularity_I, contestants.popularity_decayed_I)
     query_BD = encode_published(incumbent, histories, asked, check)

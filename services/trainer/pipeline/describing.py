@@ -29,7 +29,7 @@ def describe_report(
         {"name": part.name, "users": part.user_count, "metrics": _intervals(part.metrics)}
         for part in measured.slices
     ]
-    if comparison is not None:
+    if comparison is not None and comparison.same_people:
         # Other people than above: those whose event is newer than the incumbent.
         slices += [
             {
@@ -97,7 +97,12 @@ def describe_data(histories: Histories, events: EventColumns, attribute_count: i
 
 
 def for_card(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:,}" if isinstance(value, int) else value for name, value in data.items()}
+    """Returns what is known of the data in words; what is not is left out."""
+    return {
+        name.replace("_", " "): f"{value:,}" if isinstance(value, int) else value
+        for name, value in data.items()
+        if value != ""
+    }
 
 
 def describe_blend(blend: Blend) -> list[str]:

@@ -1,16 +1,19 @@
 """A training's curves and its outcome as the events that TensorBoard shows.
 
-Written with TensorFlow alone: `tf.summary.scalar` and `tf.summary.text` want TensorBoard installed, which no run needs;
+Written with TensorFlow alone: `tf.summary.scalar`, `.text` and `.image` want TensorBoard installed, which no run needs;
 what they write is a tensor beside the name of the plugin that shows it.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from shared.bundle.manifest import CARD
 
 if TYPE_CHECKING:
     from services.trainer.pipeline.report import Comparison, Report
@@ -51,15 +54,25 @@ class EventLog:
         """Writes a text in Markdown."""
         self._write(self._last_step, {name: markdown}, "text")
 
-    def outcome(self, manifest: Mapping[str, Any], card: str) -> None:
-        """Writes what a run came to, at its last step.
+    def picture(self, name: str, png: bytes) -> None:
+        """Writes a PNG."""
+        width, height = struct.unpack(">II", png[16:24])
+        # As `tf.summary.image` has it: what it measures, then the picture, all of them strings.
+        value = np.array([str(width).encode(), str(height).encode(), png], object)
+        self._write(self._last_step, {name: value}, "images")
+
+    def outcome(self, manifest: Mapping[str, Any], attachments: Mapping[str, bytes]) -> None:
+        """Writes what a run came to, at its last step: the numbers, the card, and the card's pictures.
 
         Args:
             manifest: fields of the version's manifest.
-            card: in Markdown.
+            attachments: of the version, by file name; what is neither the card nor a PNG is left out.
         """
         self.scalars(self._last_step, scalars_of(manifest))
-        self.text("card", card)
+        self.text("card", attachments[CARD].decode())
+        for name in sorted(attachments):
+            if name.endswith(".png"):
+                self.picture(f"card/{name.removesuffix('.png')}", attachments[name])
 
     def close(self) -> None:
         """Writes what is still in memory."""
@@ -73,9 +86,10 @@ class EventLog:
 
         metadata = summary_pb2.SummaryMetadata(
             plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name=plugin),
-            data_class=(
-                summary_pb2.DATA_CLASS_SCALAR if plugin == "scalars" else summary_pb2.DATA_CLASS_TENSOR
-            ),
+            data_class={
+                "scalars": summary_pb2.DATA_CLASS_SCALAR,
+                "images": summary_pb2.DATA_CLASS_BLOB_SEQUENCE,
+            }.get(plugin, summary_pb2.DATA_CLASS_TENSOR),
         )
 
         def write() -> None:
@@ -132,11 +146,10 @@ def scalars_of_leads(report: Report, comparison: Comparison | None) -> dict[str,
     found = interval("gate/lead over popularity", report.lead_over_popularity._asdict())
     if comparison is not None and not comparison.why_none:
         found |= interval("gate/lead over the incumbent", comparison.lead._asdict())
+        of_whom = "; newer than the incumbent" if comparison.same_people else ""
         for part in comparison.slices:
             if part.lead_over_incumbent is not None:
-                found |= interval(
-                    f"slices/{part.name}; newer than the incumbent/lead", part.lead_over_incumbent._asdict()
-                )
+                found |= interval(f"slices/{part.name}{of_whom}/lead", part.lead_over_incumbent._asdict())
     return found
 
 

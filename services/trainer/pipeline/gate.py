@@ -125,7 +125,8 @@ def _against_incumbent(comparison: Comparison | None) -> list[Check]:
                 "slice_no_worse",
                 not worse,
                 f"{part.name}: NDCG@10 differs from the version in service by {found.value:+.4f}, interval "
-                f"[{found.low:.4f}, {found.high:.4f}], for {part.user_count} people; it may lose {allowed:.4f}",
+                f"[{found.low:.4f}, {found.high:.4f}], for {part.user_count} people"
+                f"{'' if comparison.same_people else ', by what each was measured at'}; it may lose {allowed:.4f}",
             )
         )
     return checks

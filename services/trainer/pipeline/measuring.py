@@ -130,6 +130,7 @@ def measure(
     comparison = None
     if incumbent is not None:
         comparison = compare_with_incumbent(
-            incumbent, histories, test, climb.ranks[BLEND], report.ladder[0].metrics, contestants, plan, seed, check
+            incumbent, histories, test, climb.ranks[BLEND], report.ladder[0].metrics, report.slices, contestants, plan,
+            seed, check,
         )  # fmt: skip
     return Measured(report, comparison, frozen_rank_B, best_B20, answered, label)

@@ -124,3 +124,21 @@ def published_ndcg(bundle: Bundle, split: str, exclude_seen: bool) -> tuple[Inte
         return Interval(float(entry["value"]), float(entry["low"]), float(entry["high"])), ""
     except (KeyError, TypeError, ValueError):
         return None, "too few held-out events are newer than it, and its manifest has no NDCG@10"
+
+
+def published_slices(bundle: Bundle, min_people: int) -> dict[str, dict[str, Interval]]:
+    """Returns what a version was measured at on each part of the people, by its name; parts of too few left out.
+
+    Parts of which its manifest says nothing that can be read are none.
+    """
+    found = {}
+    for part in bundle.manifest.get("slices", ()):
+        try:
+            if part["users"] >= min_people and "incumbent_metrics" not in part:
+                found[part["name"]] = {
+                    name: Interval(float(entry["value"]), float(entry["low"]), float(entry["high"]))
+                    for name, entry in part["metrics"].items()
+                }
+        except (KeyError, TypeError, ValueError):
+            continue
+    return {name: metrics for name, metrics in found.items() if "ndcg@10" in metrics}

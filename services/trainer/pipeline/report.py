@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from services.trainer.pipeline.dataset import HeldOut, Histories
 from services.trainer.pipeline.evaluation import BLEND, POPULARITY, POPULARITY_DECAYED, Climb, ndcg_at_10
+from shared.event_kinds import EventKind
 from shared.ranking_metrics import Interval, bootstrap_intervals, hits_of_rank, hr_at_k
 
 Float32 = npt.NDArray[np.float32]
@@ -21,6 +22,9 @@ _BINS = 10
 _DIVERSITY_USERS = 2_000
 _SLICE_RESAMPLES = 300
 NEW_ITEM_EVENTS = 5
+# Who comes back after so long is a segment of their own.
+RETURN_DAYS = 30
+_DAY_MICROSECONDS = 86_400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class Comparison:
         lead: difference in NDCG@10.
         user_count: people on whom both were measured.
         same_people: whether the difference is paired; else it is between published measures.
-        slices: paired, by part of the people.
+        slices: by part of the people, paired or not as the whole.
         why_none: why the two cannot be compared at all; empty where they can.
     """
 
@@ -209,12 +213,35 @@ def compare(
     return Comparison(version, lead, len(held_out), True, tuple(slices))
 
 
-def compare_published(version: str, new: Interval, old: Interval, user_count: int) -> Comparison:
+def compare_published(
+    version: str,
+    new: Interval,
+    old: Interval,
+    user_count: int,
+    slices: tuple[SliceReport, ...] = (),
+    old_slices: Mapping[str, Mapping[str, Interval]] | None = None,
+) -> Comparison:
+    """Returns the difference of what two versions were measured at, on people of their own.
+
+    Args:
+        slices: of the new version; those that are too small for a verdict left out.
+        old_slices: measures of the old version by the name of the slice.
+    """
+    compared = []
+    for part in slices:
+        before = (old_slices or {}).get(part.name)
+        if before is not None:
+            lead = independent_difference(part.metrics["ndcg@10"], before["ndcg@10"])
+            compared.append(replace(part, incumbent_metrics=before, lead_over_incumbent=lead))
+    return Comparison(version, independent_difference(new, old), user_count, False, tuple(compared))
+
+
+def independent_difference(new: Interval, old: Interval) -> Interval:
     """Returns the difference of two independent means, its interval from theirs (Cochran, 1977)."""
     below = np.hypot(new.value - new.low, old.high - old.value)
     above = np.hypot(new.high - new.value, old.value - old.low)
     value = new.value - old.value
-    return Comparison(version, Interval(value, float(value - below), float(value + above)), user_count, False)
+    return Interval(value, float(value - below), float(value + above))
 
 
 def slices_of(histories: Histories, held_out: HeldOut) -> list[tuple[str, npt.NDArray[np.bool_]]]:
@@ -231,7 +258,28 @@ def slices_of(histories: Histories, held_out: HeldOut) -> list[tuple[str, npt.ND
         ("wanted item among the most popular fifth", common_B),
         ("wanted item among the other four fifths", ~common_B),
         (f"wanted item new: at most {NEW_ITEM_EVENTS} events", count_B <= NEW_ITEM_EVENTS),
+        *_segments_of(histories, held_out),
     ]
+
+
+def _segments_of(histories: Histories, held_out: HeldOut) -> list[tuple[str, npt.NDArray[np.bool_]]]:
+    """Returns segments of the people as they were just before the held-out event, where the log tells them apart.
+
+    Not the shop's own segments, which hold who is in them today: the held-out event would be known to them.
+    """
+    bought_E1 = np.concatenate([[0], np.cumsum(histories.kind_E == EventKind.PURCHASE)])
+    first_B = histories.start_U1[held_out.user_B]
+    place_B = first_B + held_out.prefix_B
+    bought_B = bought_E1[place_B] > bought_E1[first_B]
+    gap_B = histories.time_E[place_B] - histories.time_E[np.maximum(place_B - 1, first_B)]
+    away_B = gap_B >= RETURN_DAYS * _DAY_MICROSECONDS
+    parts = [
+        ("segment: never bought before", ~bought_B),
+        ("segment: bought before", bought_B),
+        (f"segment: back after {RETURN_DAYS} days or more", away_B),
+        (f"segment: away for less than {RETURN_DAYS} days", ~away_B),
+    ]
+    return [(words, chosen_B) for words, chosen_B in parts if 0 < chosen_B.sum() < len(held_out)]
 
 
 def novelty(top_BK: npt.NDArray[np.int32], count_I: Int64) -> float:

@@ -84,7 +84,7 @@ def train(work: Work) -> None:
                 scalars=event_log.scalars,
             )
             add_second_stage(work, registry, trained, events, attributes, plan, signing_key.public_key())
-            event_log.outcome(trained.manifest_fields, trained.attachments["card.md"].decode())
+            event_log.outcome(trained.manifest_fields, trained.attachments)
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")
         version = lease.publish(
             run.run_id,
