@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -56,6 +56,9 @@ verify-chaos: $(INSTALLED)  ## Every dependency of recommend failing in every wa
 
 verify-bundles: $(INSTALLED)  ## 10,000 mutated bundles, none of them loaded
 	SHOPKEEPER_MUTATED_BUNDLES=10000 pytest -q -s --timeout 1800 tests/recommend/test_mutated_bundles.py
+
+bench-new-items: $(INSTALLED)  ## How long until a new item is a candidate, and a withdrawn one gone
+	python -m tests.benchmarks.bench_new_items
 
 bench-freshness: $(INSTALLED)  ## How long until what a shopper did changes what they are shown
 	python -m tests.benchmarks.bench_freshness

@@ -89,7 +89,7 @@ class RecommendService:
         public_key = read_verifying_key(settings.keys_path)
         clock = SystemClock()
         index = ItemIndex()
-        self.catalog_store = CatalogStore(index)
+        self.catalog_store = CatalogStore(index, settings.content_vector_items)
         counts = LiveCounts()
         recorder = RequestRecorder(settings.recorded_requests)
         self._channel = open_channel(settings.profile_address, tls=tls_of(settings))
@@ -104,7 +104,7 @@ class RecommendService:
             observe_lag=EVENT_LAG_SECONDS.observe,
             on_erased=recorder.forget,
         )
-        self.catalog = CatalogClient(self._channel, self.catalog_store)
+        self.catalog = CatalogClient(self._channel, self.catalog_store, index)
 
         def watcher(model: str, alias: str) -> ModelWatcher:
             return ModelWatcher(

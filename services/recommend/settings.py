@@ -50,6 +50,11 @@ class RecommendSettings(ServiceSettings):
         ge=0,
         description="Items of a model up to which each is scored; larger ones are searched with faiss.",
     )
+    content_vector_items: int = Field(
+        50_000,
+        ge=0,
+        description="Items up to which their content vectors are held, some 1.5 kB each; 0: none.",
+    )
     computing_threads: int = Field(
         0,
         ge=0,

@@ -145,6 +145,8 @@ class FakeProfile(
         self.log_read_at: float | None = None
         self.lags = False
         self.consents: dict[bytes, bool] = {}
+        self.vectors: dict[str, list[float]] = {}
+        self.vector_version = "space-1"
         self.segments: dict[bytes, list[str]] = {}
         self.stages: dict[bytes, int] = {}
 
@@ -232,8 +234,11 @@ class FakeProfile(
         else:
             with self._changed:
                 sent, items = len(self._item_changes), list(self._items.values())
-            yield catalog_service_pb2.WatchItemsResponse(
-                reset=True, upserted=items, snapshot_complete=True, watermark=str(sent).encode()
+            yield self._with_vectors(
+                request,
+                catalog_service_pb2.WatchItemsResponse(
+                    reset=True, upserted=items, snapshot_complete=True, watermark=str(sent).encode()
+                ),
             )
         while context.is_active() and self._running:
             with self._changed:
@@ -243,12 +248,22 @@ class FakeProfile(
                 sent = len(self._item_changes)
                 upserted = [self._items[item] for item in changes if item in self._items]
                 deleted = [item for item in changes if item not in self._items]
-            yield catalog_service_pb2.WatchItemsResponse(
-                upserted=upserted,
-                deleted_item_ids=deleted,
-                snapshot_complete=True,
-                watermark=str(sent).encode(),
+            yield self._with_vectors(
+                request,
+                catalog_service_pb2.WatchItemsResponse(
+                    upserted=upserted,
+                    deleted_item_ids=deleted,
+                    snapshot_complete=True,
+                    watermark=str(sent).encode(),
+                ),
             )
+
+    def _with_vectors(self, request: Any, message: Any) -> Any:
+        for item in message.upserted if request.with_vectors else ():
+            if item.item_id in self.vectors:
+                message.vectors.add(item_id=item.item_id, values=self.vectors[item.item_id])
+                message.vector_version = self.vector_version
+        return message
 
     def _live(self, user_key: bytes, xid: int) -> live_profile_pb2.LiveProfile:
         consent = self.consents.get(user_key, True)

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -145,6 +146,36 @@ def test_a_withdrawn_item_is_gone(suite: Suite) -> None:
     eventually(lambda: suite.recommend_to("cai", page_size=1).items[0].item.title == "Title of tea-1")
     suite.catalog.UpsertItems(catalog_service_pb2.UpsertItemsRequest(items=[item("tea-1", withdrawn=True)]))
     eventually(lambda: "tea-1" not in ids(suite.recommend_to("cai")))
+
+
+def test_a_new_item_is_a_candidate_by_what_it_is(suite: Suite) -> None:
+    """From the write at profile, over its vectors and stream, to the lists of recommend; bench_new_items times it."""
+    words = {
+        "tea": "green tea leaves from the mountain",
+        "shoe": "leather running shoe with laces",
+        "hat": "hat",
+    }
+
+    def write(item_id: str, **fields: Any) -> None:
+        written = item(item_id, title=f"{words[item_id.split('-')[0]]} {item_id[-1]}", **fields)
+        suite.catalog.UpsertItems(catalog_service_pb2.UpsertItemsRequest(items=[written]), timeout=20)
+
+    def similar(item_id: str) -> list[str]:
+        return ids(suite.stub.SimilarItems(pb.SimilarItemsRequest(item_id=item_id), timeout=5))
+
+    for item_id in IDS:
+        write(item_id)
+    vectors = suite.recommend.catalog_store.vectors
+    # The first space is fitted in the background; from then on a vector takes no longer than its item.
+    eventually(lambda: vectors.current.count == len(IDS), 30.0)
+    write("tea-9")
+    eventually(lambda: "tea-9" in similar("tea-1"))
+    # Nothing was learnt of it: it resembles tea by its words, and is not offered beside shoes before tea is.
+    eventually(lambda: similar("tea-9")[:1] and similar("tea-9")[0].startswith("tea"))
+    suite.view("fay", "tea-1")
+    eventually(lambda: "tea-9" in ids(suite.recommend_to("fay")))
+    write("tea-9", withdrawn=True)
+    eventually(lambda: "tea-9" not in similar("tea-1") and "tea-9" not in ids(suite.recommend_to("fay")))
 
 
 def test_a_forgotten_shopper_is_a_stranger(suite: Suite) -> None:

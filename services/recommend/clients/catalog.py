@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import grpc
+import numpy as np
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 from shopkeeper.recommend.v1 import recommendation_pb2
 
 from services.recommend.clients.stream import ReconnectingStream
 from services.recommend.domain.catalog import CatalogItem, CatalogStore
+from services.recommend.domain.item_index import ItemIndex
 from services.recommend.ports import StreamState
 
 _LOADING_PUBLISH_SECONDS = 1.0
@@ -23,9 +25,10 @@ _MICROS = 1_000_000
 class CatalogClient:
     """Keeps the catalogue up to date from `WatchItems`. Implements `ports.CatalogStream`."""
 
-    def __init__(self, channel: grpc.Channel, store: CatalogStore) -> None:
+    def __init__(self, channel: grpc.Channel, store: CatalogStore, index: ItemIndex) -> None:
         self._stub = catalog_service_pb2_grpc.CatalogServiceStub(channel)
         self._store = store
+        self._index = index
         self._watermark = b""
         self._complete = False
         self._published = 0.0
@@ -61,13 +64,25 @@ class CatalogClient:
         self._watermark = b""
 
     def _open(self) -> Any:
-        return self._stub.WatchItems(catalog_service_pb2.WatchItemsRequest(resume_token=self._watermark))
+        return self._stub.WatchItems(
+            catalog_service_pb2.WatchItemsRequest(
+                resume_token=self._watermark, with_vectors=self._store.vectors.wanted
+            )
+        )
 
     def _consume(self, message: catalog_service_pb2.WatchItemsResponse) -> None:
         if message.reset:
             self._store.begin_snapshot()
             self._complete, self._watermark = False, b""
         self._store.stage(map(catalog_item_from_proto, message.upserted), message.deleted_item_ids)
+        if message.vectors:
+            known = [
+                (row, vector.values)
+                for vector in message.vectors
+                if (row := self._index.row_of(vector.item_id)) is not None
+            ]
+            rows = np.array([row for row, _ in known], np.int32)
+            self._store.vectors.put(message.vector_version, rows, [values for _, values in known])
         if message.snapshot_complete and not self._complete:
             self._store.complete_snapshot()
             self._complete = True

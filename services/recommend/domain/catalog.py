@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from services.recommend.domain.content_vectors import NO_VECTORS, ContentVectors, ContentVectorStore
 from services.recommend.domain.item_index import ItemIndex
 
 Mask = npt.NDArray[np.bool_]
@@ -95,6 +96,7 @@ class Catalog:
         postings: by key.
         timed_rows: rows that have `available_from` or `available_until`.
         items: what the shop has told of an item, by row; deleted ones are missing.
+        content: what items are, as vectors; of those that profile has read.
     """
 
     version: int
@@ -106,6 +108,7 @@ class Catalog:
     timed_rows: Rows
     items: Mapping[int, CatalogItem]
     index: ItemIndex
+    content: ContentVectors = NO_VECTORS
 
     def numbers(self, name: str) -> Float:
         """Returns a numeric or time column, float64 (R,), NaN where unknown."""
@@ -136,10 +139,15 @@ class Catalog:
 
 
 class CatalogStore:
-    """Builds the snapshots. Writers take turns; reading `current` takes no lock."""
+    """Builds the snapshots. Writers take turns; reading `current` takes no lock.
 
-    def __init__(self, index: ItemIndex) -> None:
+    Args:
+        max_vectors: items up to which content vectors are kept.
+    """
+
+    def __init__(self, index: ItemIndex, max_vectors: int = 0) -> None:
         self._index = index
+        self.vectors = ContentVectorStore(max_vectors)
         self._lock = threading.RLock()
         self._keys_of_row: dict[int, dict[PostingKey, float | None]] = {}
         self._added: defaultdict[PostingKey, dict[int, float | None]] = defaultdict(dict)
@@ -187,7 +195,8 @@ class CatalogStore:
         """Makes the staged changes visible, all at once, and returns the new state."""
         with self._lock:
             old, size = self.current, len(self._index)
-            if not self._staged and size == old.size and old.complete == self._complete:
+            unchanged = size == old.size and old.complete == self._complete
+            if not self._staged and unchanged and old.content is self.vectors.current:
                 return old
             columns = {name: _grown(old.columns[name], size) for name in old.columns}
             items = dict(old.items)
@@ -210,6 +219,7 @@ class CatalogStore:
                 timed_rows=np.flatnonzero(timed_R).astype(np.int32),
                 items=items,
                 index=self._index,
+                content=self.vectors.current,
             )
             self._staged = {}
             return self.current
@@ -217,6 +227,7 @@ class CatalogStore:
     def _delete(self, row: int) -> None:
         self._staged[row] = None
         self._reindex(row, {})
+        self.vectors.drop(np.array([row], np.int32))
         self._known.discard(row)
 
     def _reindex(self, row: int, keys: dict[PostingKey, float | None]) -> None:

@@ -78,6 +78,10 @@ def reasons_for(
                 found[k] = [
                     Reason(ReasonKind.SIMILAR_TO, "Resembles what you looked at lately", contribution=value)
                 ]
+            case Source.CONTENT if scores.resembled_row >= 0 and not _is_learnt(world, int(rows_K[k])):
+                found[k] = [_resembles(world, scores.resembled_row, value)]
+            case Source.CONTENT if scores.sources == [Source.CONTENT]:
+                found[k] = [_resembles(world, scores.resembled_row, value)]
             case _:
                 personal.append(k)
     if personal and world.model is not None:
@@ -92,6 +96,15 @@ def reasons_for(
         for k, reasons in zip(personal, made, strict=True):
             found[k] = reasons
     return found
+
+
+def _is_learnt(world: World, row: int) -> bool:
+    return world.model is not None and int(world.model.indices_of(np.array([row], np.int32))[0]) >= 0
+
+
+def _resembles(world: World, row: int, cosine: float) -> Reason:
+    title, item_id = world.catalog.title_of(row), world.index.id_of(row)
+    return Reason(ReasonKind.SIMILAR_TO, f"Resembles {title}", item_id, contribution=cosine)
 
 
 _WHO_IS_OF_STAGE = {

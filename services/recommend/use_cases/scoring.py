@@ -83,6 +83,7 @@ class Scores:
         logits_I, companion: the parts of the blend, where it is one over all items.
         cooccurrence_I: what was counted, item to item.
         seed_indices: the model's indices of the items that the question is about.
+        resembled_row: the item that content vectors were compared with; -1: none.
         purchases: of BUY_AGAIN.
         segment: the one that popularity was counted in, "" for all of the shop.
         in_segment_R: what was counted in it, (R,), 0 where nothing was.
@@ -101,6 +102,7 @@ class Scores:
     companion: CompanionScores | None = None
     cooccurrence_I: Float32 | None = None
     seed_indices: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    resembled_row: int = -1
     purchases: Purchases | None = None
     segment: str = ""
     in_segment_R: Float32 | None = None
@@ -285,16 +287,35 @@ def _without_encoder(world: World, model: Model, read: ModelHistory, companion: 
     )
 
 
+def resembling_scores(world: World, row: int) -> Scores | None:
+    """Cosine of the content vectors with one item's; None where it has none yet."""
+    content = world.catalog.content
+    if not content.knows(row):
+        return None
+    content_R = content.products(content.of(np.array([row], np.int32))[0], world.size)
+    content_R = np.where(content_R > 0, content_R, np.float32(-np.inf))
+    content_R[row] = -np.inf
+    return Scores(content_R, [Source.CONTENT], resembled_row=row)
+
+
 def similar_scores(world: World, model: Model, index: int) -> Scores:
-    """Cosine of item vectors plus log-damped co-occurrence from the one item."""
+    """Cosine of item vectors plus log-damped co-occurrence from the one item.
+
+    Of items that the model has not learnt yet the cosine of the content vectors, where both have one.
+    """
     seed = _as_history(np.array([index], np.int64))
     cooccurrence_I = model.cooccurrence(seed)
     score_I = model.cosines(index) + np.float32(SIMILAR_COOCCURRENCE_WEIGHT) * model.damped(cooccurrence_I)
+    score_R = world.by_row(score_I)
+    row, content = int(model.rows_I[index]), world.catalog.content
+    if content.knows(row) and len(rows := content.known_of(world.unlearnt_rows)):
+        score_R[rows] = content.of(rows) @ content.of(np.array([row], np.int32))[0]
     return Scores(
-        world.by_row(score_I),
+        score_R,
         [Source.CONTENT, Source.COOCCURRENCE],
         cooccurrence_I=cooccurrence_I,
         seed_indices=seed.indices_H,
+        resembled_row=row,
     )
 
 

@@ -36,6 +36,8 @@ from services.recommend.use_cases.world import World
 _TRENDING_SECONDS = 86_400.0
 _CONTENT_EVENTS = 10
 _CONTENT_DECAY = 0.8
+_KNOWN_SHARE = 0.5
+"""Share of the described items that must have a content vector for vectors to be gone by."""
 _WIDEST_SHARE = 0.5
 """Share of the catalogue above which a value that items have in common says nothing."""
 
@@ -94,11 +96,29 @@ def weighted_sum(asking: Asking, weights: Sequence[SourceWeight], eligible_R: Ma
 
 
 def content_scores(catalog: Catalog, history: History) -> Float32:
+    """Returns how much each item resembles the newest items of a history, (R,), -inf where not at all.
+
+    sum over the events of 0.8^age * cosine of the content vectors, where most items have one; else by what they have
+    in common in the catalogue. Either way an item that no model knows yet has a score as soon as it is described.
+    """
+    content = catalog.content
+    rows_N = content.known_of(history.rows_N[-_CONTENT_EVENTS:])
+    if not len(rows_N) or content.count < _KNOWN_SHARE * catalog.described_count:
+        return common_scores(catalog, history)
+    age_N = np.arange(len(rows_N))[::-1].astype(np.float32)
+    query_D = (np.float32(_CONTENT_DECAY) ** age_N @ content.of(rows_N)).astype(np.float32)
+    score_R = content.products(query_D, catalog.size)
+    # What they have done already resembles itself most of all, and is no find.
+    newest = history.rows_N[-_CONTENT_EVENTS:]
+    score_R[newest[newest < catalog.size]] = -np.inf
+    return np.where(score_R > 0, score_R, np.float32(-np.inf))
+
+
+def common_scores(catalog: Catalog, history: History) -> Float32:
     """Returns how much each item has in common with the newest items of a history, (R,), -inf where nothing.
 
     sum over the events of 0.8^age * sum over the values that both items have (category, brand, tag, text
-    attribute) of log(R / items that have it): what few items share counts most. From the catalogue alone, so that
-    an item that no model knows yet has a score as soon as it is described.
+    attribute) of log(R / items that have it): what few items share counts most.
     """
     score_R = np.zeros(catalog.size, np.float32)
     described = max(1, catalog.described_count)

@@ -20,6 +20,7 @@ from services.recommend.use_cases.scoring import (
     cosine_scores,
     popular_scores,
     popular_with_such,
+    resembling_scores,
     searched_scores,
     similar_scores,
     together_scores,
@@ -120,6 +121,14 @@ class Scoring:
         index = -1 if model is None else int(model.indices_of(np.array([row], np.int32))[0])
         if model is not None and index >= 0:
             return similar_scores(world, model, index)
+        newer = Degradation(Cause.ITEM_UNKNOWN_TO_MODEL, "the item is newer than the model in service")
+        scores = resembling_scores(world, row) or Scores(
+            np.full(world.size, -np.inf, np.float32), [Source.CONTENT]
+        )
+        if (scores.score_R[ranking.eligibility.eligible_R] > -np.inf).any():
+            if model is not None:
+                scores.degraded.append(newer)
+            return scores
         scores = popular_scores(world, self._counts, ranking.now)
         category = world.catalog.category_of(row)
         if category:
@@ -130,7 +139,5 @@ class Scoring:
                 in_category_R[peers] = scores.score_R[peers]
                 scores.score_R = in_category_R
         if model is not None:
-            scores.degraded.append(
-                Degradation(Cause.ITEM_UNKNOWN_TO_MODEL, "the item is newer than the model in service")
-            )
+            scores.degraded.append(newer)
         return scores
