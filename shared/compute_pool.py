@@ -2,7 +2,8 @@
 
 Threads that compute in Python take turns at the interpreter lock: with dozens of them, every array operation
 gives the lock away and queues for it anew, and the slowest call of a second takes a hundred times the usual.
-So few compute at once. A call that has to wait for the outside (`ComputePool.waiting`) leaves its place to
+So few compute at once, while one more has grpc fetch its message and send its answer: to wait for that with the
+interpreter idle would take a fifth of what a process can answer. A call that has to wait for the outside (`ComputePool.waiting`) leaves its place to
 another meanwhile, as a blocking call does in Go's scheduler or in Java's ForkJoinPool.ManagedBlocker.
 """
 
@@ -17,12 +18,15 @@ from typing import Any
 
 from shared.admission import Admission
 
+WITH_GRPC = 1
+"""Threads beyond those that compute: one whose call grpc is still fetching, or already sending."""
+
 
 class ComputePool(futures.ThreadPoolExecutor):
     """An executor for grpc's handlers. It is one of the standard library's only because grpc asks for that.
 
     Args:
-        places: calls that compute at once.
+        places: calls that compute at once; one more may be with grpc.
         admission: told of every call that comes, begins and ends.
         most_threads: the most threads, those that wait included; beyond, a call that waits keeps its place.
         patience_seconds: how long the queue may stand still until another thread serves it: a caller that sends its
@@ -35,7 +39,7 @@ class ComputePool(futures.ThreadPoolExecutor):
         super().__init__(max_workers=most_threads, thread_name_prefix="compute")
         self._admission = admission
         self._places = places
-        self._most_threads = max(places, most_threads)
+        self._most_threads = max(places + WITH_GRPC, most_threads)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread_count = 0
@@ -44,8 +48,14 @@ class ComputePool(futures.ThreadPoolExecutor):
         self._running: set[_Task] = set()
         self._patience_seconds = patience_seconds
         self._ended = threading.Event()
-        threading.Thread(target=self._relieve, name="compute-relief", daemon=True).start()
+        # A queue of nothings, not a semaphore: that one is written in Python.
+        self._turns: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._turns_too_many = 0
+        self._this_thread = threading.local()
         for _ in range(places):
+            self._turns.put(None)
+        threading.Thread(target=self._relieve, name="compute-relief", daemon=True).start()
+        for _ in range(places + WITH_GRPC):
             self._add_thread()
 
     @property
@@ -57,12 +67,39 @@ class ComputePool(futures.ThreadPoolExecutor):
         """Changes how many calls compute at once; those under way are not disturbed."""
         with self._lock:
             more, self._places = places - self._places, places
-            self._most_threads = max(self._most_threads, places)
-            self._admission.workers = places
+            self._most_threads = max(self._most_threads, places + WITH_GRPC)
+            self._admission.workers = places + WITH_GRPC
+            kept = min(max(more, 0), self._turns_too_many)
+            self._turns_too_many += max(-more, 0) - kept
+            for _ in range(max(more, 0) - kept):
+                self._turns.put(None)
             stay = min(max(more, 0), self._surplus)
             self._surplus += max(-more, 0) - stay
             for _ in range(max(more, 0) - stay):
                 self._add_thread()
+
+    def in_turn(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that does what `compute` does when its turn has come."""
+        take, give, this_thread = self._turns.get, self._give_turn, self._this_thread
+
+        def wait_and_compute(*args: Any) -> Any:
+            take()
+            this_thread.computes = True
+            try:
+                return compute(*args)
+            finally:
+                this_thread.computes = False
+                give()
+
+        return wait_and_compute
+
+    def _give_turn(self) -> None:
+        if self._turns_too_many:
+            with self._lock:
+                if self._turns_too_many:
+                    self._turns_too_many -= 1
+                    return
+        self._turns.put(None)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Queues a call; returns what calls back when it is done."""
@@ -72,7 +109,10 @@ class ComputePool(futures.ThreadPoolExecutor):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """While the calling thread is in here, another may compute in its place."""
+        """While the calling thread is in here, another may compute in its place, where it has one."""
+        if not getattr(self._this_thread, "computes", False):
+            yield
+            return
         with self._lock:
             replaced = self._thread_count < self._most_threads
             if replaced:
@@ -82,9 +122,11 @@ class ComputePool(futures.ThreadPoolExecutor):
                 else:
                     self._add_thread()
         self._admission.end()
+        self._give_turn()
         try:
             yield
         finally:
+            self._turns.get()
             self._admission.resume()
             if replaced:
                 with self._lock:

@@ -99,10 +99,11 @@ class CallInterceptor(grpc.ServerInterceptor):
         elif handler.request_streaming:
             wrapped = self._limited(method, behavior)
         else:
-            wrapped = self._unary(method, behavior)
-            if self._computing is not None and name in self._computing_methods:
+            computing = self._computing if name in self._computing_methods else None
+            wrapped = self._unary(method, behavior if computing is None else computing.in_turn(behavior))
+            if computing is not None:
                 # The attribute by which grpc takes another pool for one method.
-                wrapped.experimental_thread_pool = self._computing
+                wrapped.experimental_thread_pool = computing
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 
     def _unknown(self) -> grpc.RpcMethodHandler:

@@ -23,7 +23,7 @@ from shared import errors
 from shared.admission import Admission, Priority
 from shared.authentication import Authenticator, TokenVerifier
 from shared.authorization import Gatekeeper
-from shared.compute_pool import ComputePool
+from shared.compute_pool import WITH_GRPC, ComputePool
 from shared.interceptor import CallInterceptor
 from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
@@ -82,7 +82,7 @@ class GrpcServer:
         computing = None
         if computing_methods:
             computing = (
-                Admission(computing_threads, settings.max_queue_seconds),
+                Admission(computing_threads + WITH_GRPC, settings.max_queue_seconds),
                 frozenset(computing_methods),
             )
             self._computing = ComputePool(computing_threads, computing[0], threads)
