@@ -90,7 +90,7 @@ def _measures(rank_B: npt.NDArray[np.int64]) -> dict[str, float]:
 
 def read_beauty(directory: Path) -> Population:
     """Returns the population of a directory as `make bench-quality` reads it."""
-    events, _names = read_sequences(directory / "sequences.txt")
+    events = read_sequences(directory / "sequences.txt").events
     attributes = json.loads((directory / "item_attributes.json").read_text())
     named = {item: [str(value) for value in values] for item, values in attributes.items()}
     return Population("Amazon Beauty", clean(events, Cleaning()), named)
