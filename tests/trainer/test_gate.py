@@ -11,7 +11,7 @@ import pytest
 
 from services.trainer.pipeline.dataset import Cleaning, EventColumns, clean, leave_one_out
 from services.trainer.pipeline.evaluation import popularity, rank_by_blend
-from services.trainer.pipeline.gate import SLICE_TOLERANCE, judge
+from services.trainer.pipeline.gate import MIN_TEST_USERS, SLICE_TOLERANCE, judge
 from services.trainer.pipeline.published import (
     contestants_of,
     encode_published,
@@ -221,6 +221,25 @@ def test_the_gate_wants_the_whole_interval_above_the_version_in_service() -> Non
 )
 def test_each_limit_fails_by_its_name(change: dict[str, object], name: str) -> None:
     assert failed(None, **change) == {name}
+
+
+def test_too_few_people_or_a_lead_that_may_be_none_fail_by_their_name() -> None:
+    few, unsure = replace(GOOD, user_count=MIN_TEST_USERS - 1), Interval(0.05, -0.001, 0.1)
+    limits = {
+        "weights_finite": True,
+        "parity": 0.0,
+        "encoder_milliseconds": 0.2,
+        "size_bytes": 1,
+        "max_size_bytes": 1,
+    }
+    for report, name in (
+        (few, "enough_people"),
+        (replace(GOOD, lead_over_popularity=unsure), "beats_popularity"),
+    ):
+        verdict = judge(report, **limits, force=False)  # type: ignore[arg-type]
+        assert [check.name for check in verdict.checks if not check.passed] == [name]
+        assert verdict.verdict == "FAILED"
+        assert not verdict.may_serve
 
 
 def test_a_slice_may_lose_its_tolerance_or_what_chance_explains_and_no_more() -> None:
