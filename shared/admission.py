@@ -19,6 +19,8 @@ from enum import IntEnum
 
 # How long the speed of the queue is remembered.
 MEMORY_SECONDS = 0.5
+# Calls taken up lately, for each worker, from which on the speed is known.
+_SURE_MOVES = 4
 
 
 class Priority(IntEnum):
@@ -103,7 +105,7 @@ class Admission:
             waiting = self._waiting
             if waiting < (self._always if priority is not Priority.LOW else 1):
                 return None
-            wait_seconds = (waiting + 1) * self._seconds_a_place()
+            wait_seconds = self._wait_behind(waiting)
         if waiting >= self._max_waiting:
             return Refusal("queue_length", wait_seconds)
         if wait_seconds > SHARE_OF_WAIT[priority] * self._max_wait_seconds:
@@ -154,8 +156,12 @@ class Admission:
             if not self._waiting:
                 self._waiting_since = math.inf
 
-    def _seconds_a_place(self) -> float:
-        measured = self._moving_seconds / self._moves if self._moves else 0.0
-        # A queue that stands still is slower than anything measured before.
+    def _wait_behind(self, waiting: int) -> float:
         standing = self._clock() - max(self._moved_at, self._waiting_since)
-        return max(measured, standing)
+        measured = self._moving_seconds / self._moves if self._moves else 0.0
+        if self._moves < _SURE_MOVES * self._workers:
+            # A queue that stands still is slower than the little that was measured.
+            return (waiting + 1) * max(measured, standing)
+        # What has stood still so long may do so as long again, and then goes on as before: a pause of a tenth of
+        # a second, of which every queue has some, is no speed at which each place will be served.
+        return standing + (waiting + 1) * measured

@@ -135,6 +135,21 @@ def test_long_calls_on_some_workers_are_no_overload() -> None:
     assert not outcome.refused
 
 
+def test_a_pause_of_a_busy_queue_refuses_nobody_who_could_be_served_in_time() -> None:
+    # One worker, always busy, with three callers behind: then it pauses for 150 ms, as a process does that is short of
+    # processor or loads a model beside.
+    simulation = Simulation(1, 0.001, max_wait_seconds=0.25)
+    served = simulation.run(poisson(980), until=1.0)
+    simulation.service_seconds = 0.15
+    simulation.run(iter([(1.0, Priority.NORMAL), (9.0, Priority.NORMAL)]), until=1.001)
+    simulation.service_seconds = 0.001
+    few = iter([*((1.03 + 0.03 * n, Priority.NORMAL) for n in range(3)), (9.0, Priority.NORMAL)])
+    outcome = simulation.run(few, until=2.0)
+    assert sum(served.served.values()) > 900
+    assert not outcome.refused
+    assert max(outcome.waits) < 0.25
+
+
 def test_a_standstill_refuses_while_it_lasts_and_is_forgotten_soon_after() -> None:
     simulation = Simulation(8, 5.0, max_wait_seconds=0.25)
     standstill = simulation.run(poisson(400), until=5.0)
