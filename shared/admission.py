@@ -55,6 +55,9 @@ class Admission:
         workers: calls that are served at once.
         max_wait_seconds: the longest wait of a call of normal priority.
         max_waiting: the most calls that wait, whatever the speed: they hold memory.
+        always: so few are no queue: they keep the workers busy while the speed is being measured.
+        together: the calls that wait are served many at once, as by a shared commit: while it is under way, a
+            newcomer's wait does not grow with their number.
         clock: seconds, monotonic.
     """
 
@@ -64,11 +67,16 @@ class Admission:
         max_wait_seconds: float,
         *,
         max_waiting: int = 1_024,
+        always: int | None = None,
+        together: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = workers
         self._max_wait_seconds = max_wait_seconds
         self._max_waiting = max_waiting
+        if always is not None:
+            self._always = always
+        self._together = together
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting = 0
@@ -159,6 +167,8 @@ class Admission:
     def _wait_behind(self, waiting: int) -> float:
         standing = self._clock() - max(self._moved_at, self._waiting_since)
         measured = self._moving_seconds / self._moves if self._moves else 0.0
+        if self._together:
+            return max((waiting + 1) * measured, standing)
         if self._moves < _SURE_MOVES * self._workers:
             # A queue that stands still is slower than the little that was measured.
             return (waiting + 1) * max(measured, standing)

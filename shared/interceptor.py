@@ -12,9 +12,11 @@ import grpc
 from grpc_health.v1 import health
 from prometheus_client import Gauge
 
-from shared import errors
+from shared import deferred_calls, errors
+from shared.admission import Admission
 from shared.authorization import Gatekeeper
 from shared.compute_pool import ComputePool
+from shared.deferred_calls import DeferredCalls
 from shared.load_shedding import LoadShedding
 from shared.observed_call import Method, ObservedCall
 from shared.telemetry import Telemetry
@@ -37,6 +39,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         gatekeeper: Gatekeeper | None,
         computing: ComputePool | None,
         computing_methods: frozenset[str],
+        deferring: Admission,
         *,
         max_stream_age_seconds: float,
         max_streams: int,
@@ -46,6 +49,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._shedding = shedding
         self._computing = computing
         self._computing_methods = computing_methods
+        self._deferring = deferring
         self._told_at = -math.inf
         self._gatekeeper = gatekeeper
         self._max_stream_age_seconds = max_stream_age_seconds
@@ -99,10 +103,14 @@ class CallInterceptor(grpc.ServerInterceptor):
         elif handler.request_streaming:
             wrapped = self._limited(method, behavior)
         else:
+            deferral = getattr(behavior, "deferral", None)
             computing = self._computing if name in self._computing_methods else None
             wrapped = self._unary(method, behavior if computing is None else computing.in_turn(behavior))
-            if computing is not None:
-                # The attribute by which grpc takes another pool for one method.
+            # By this attribute grpc takes another pool for one method.
+            if deferral is not None and deferred_calls.AVAILABLE:
+                self._shedding.watch(self._deferring, [name])
+                wrapped.experimental_thread_pool = DeferredCalls(method, deferral, self._deferring)
+            elif computing is not None:
                 wrapped.experimental_thread_pool = computing
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 

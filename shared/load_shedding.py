@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -93,7 +93,7 @@ class LoadShedding:
         admission: watches the pool.
         priorities: by the method's name without its service; others are NORMAL.
         computing: watches the pool of the methods that compute, named beside it; None: there is no such pool.
-            LOW priority is refused where either pool has no room: it would take from the other's processor.
+            LOW priority is refused where any pool has no room: it would take from the other's processor.
     """
 
     def __init__(
@@ -103,7 +103,10 @@ class LoadShedding:
         computing: tuple[Admission, frozenset[str]] | None = None,
     ) -> None:
         self._admission = admission
-        self._computing, self._computing_methods = computing or (admission, frozenset())
+        self._apart: dict[str, Admission] = {}
+        self._all = [admission]
+        if computing is not None:
+            self.watch(*computing)
         self._priorities = dict(priorities)
         self._here = _Here(max_workers=1)
         self._refusing: dict[int, Any] = {}
@@ -111,17 +114,20 @@ class LoadShedding:
         self._lock = threading.Lock()
         self._refused_since_told = 0
 
+    def watch(self, admission: Admission, methods: Collection[str]) -> None:
+        """Methods, by their name, have an admission of their own."""
+        self._apart.update(dict.fromkeys(methods, admission))
+        self._all = [self._admission, *dict.fromkeys(self._apart.values())]
+
     def refusing_handler(self, service: str, method: str, metadata: Any) -> Any | None:
         """Returns a handler that refuses the call, or None where it is taken in."""
         priority = self._priorities.get(method, Priority.NORMAL)
         if priority is not Priority.LOW and metadata and LOW_PRIORITY in metadata:
             priority = Priority.LOW
-        first, second = self._admission, self._computing
-        if method in self._computing_methods:
-            first, second = second, first
-        refusal = first.refusal(priority)
+        own = self._apart.get(method, self._admission)
+        refusal = own.refusal(priority)
         if refusal is None and priority is Priority.LOW:
-            refusal = second.refusal(priority)
+            refusal = next((found for other in self._all if (found := other.refusal(priority))), None)
         if refusal is None:
             return None
         key = (service, refusal.cause, priority)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
@@ -74,8 +75,15 @@ class ObservedCall:
         self._attached: Any = None
 
     def __enter__(self) -> ObservedCall:
-        self._start = time.perf_counter()
+        self.begin()
         deadline.begin(deadline.time_remaining_seconds(self._context, None))
+        if self._span is not None:
+            self._attached = trace_context.attach(trace.set_span_in_context(self._span))
+        return self
+
+    def begin(self) -> None:
+        """A call begins that no thread stays with; `end` ends it."""
+        self._start = time.perf_counter()
         if self._method.telemetry.traces_exported:
             carrier = {
                 key: value for key, value in self._context.invocation_metadata() if key == "traceparent"
@@ -84,8 +92,11 @@ class ObservedCall:
             self._span = self._method.telemetry.tracer.start_span(
                 f"{self._method.service}/{self._method.name}", context=parent, kind=trace.SpanKind.SERVER
             )
-            self._attached = trace_context.attach(trace.set_span_in_context(self._span, parent))
-        return self
+
+    @property
+    def span_context(self) -> trace.SpanContext:
+        """Names the call's span to those who link to it; not valid where the call is not traced."""
+        return trace.INVALID_SPAN_CONTEXT if self._span is None else self._span.get_span_context()
 
     def admit(self) -> None:
         """Checks that the caller may call this, where there is a policy; fails as `Gatekeeper.admit` does."""
@@ -95,10 +106,17 @@ class ObservedCall:
                 self._span.set_attribute("shopkeeper.caller", self.caller)
 
     def failed(self, error: Exception) -> None:
+        """Notes why the call fails."""
         self.error = error
 
     def __exit__(self, *_exception: object) -> None:
         deadline.end()
+        self.end()
+        if self._attached is not None:
+            trace_context.detach(self._attached)
+
+    def end(self) -> None:
+        """Counts and logs what became of the call. Before its answer is sent: an answered call is active no more."""
         seconds = time.perf_counter() - self._start
         code = "OK" if self.error is None else self._code(self.error)
         if self.error is None and not self._context.is_active():
@@ -106,22 +124,26 @@ class ObservedCall:
         self._method.seconds.observe(seconds)
         self._method.handled(code).inc()
         if self.error is not None:
-            self._log(code, seconds)
+            with nullcontext() if self._span is None else trace.use_span(self._span, record_exception=False):
+                self._log(code, seconds)
         if self._span is not None:
             self._span.set_attribute("rpc.grpc.status_code", code)
             self._span.end()
-            trace_context.detach(self._attached)
 
     def abort(self, context: grpc.ServicerContext) -> Any:
         """Ends the call with the error's status. `abort` raises: it must stand outside of any `except`."""
+        if self.error is None or _is_abort(self.error):
+            raise self.error or AssertionError("nothing failed")
+        context.abort_with_status(self.status())
+
+    def status(self) -> grpc.Status:
+        """Returns what the caller of a failed call is told."""
         error = self.error
-        if error is None or _is_abort(error):
-            raise error or AssertionError("nothing failed")
         if isinstance(error, errors.ShopkeeperError):
             status = grpc_status.to_status(error)
         else:
-            status = grpc_status.internal_status(current_trace_id() or getattr(error, "trace_id", "none"))
-        context.abort_with_status(rpc_status.to_status(status))
+            status = grpc_status.internal_status(getattr(error, "trace_id", "none"))
+        return rpc_status.to_status(status)
 
     def _code(self, error: Exception) -> str:
         if isinstance(error, errors.ShopkeeperError):

@@ -2,7 +2,8 @@
 
 Synchronous, on a thread pool: grpcio's sync server costs some 200 µs of CPU a
 call where aio costs 300 to 350, and the work behind a call (NumPy, LiteRT,
-psycopg) releases the interpreter lock. A stream occupies a thread, so their
+psycopg) releases the interpreter lock. Methods whose calls wait for others can do
+without a thread a call: see `shared.deferred_calls`. A stream occupies a thread, so their
 number and their age are limited.
 """
 
@@ -30,6 +31,8 @@ from shared.settings import ServiceSettings
 from shared.telemetry import Telemetry
 from shared.tls import TlsDirectory, refuse_plain_text
 
+# Of calls that hold no thread: so many are under way at any load, and keep what they wait for busy.
+DEFERRED_CALLS_THAT_ARE_NO_QUEUE = 16
 MAX_MESSAGE_BYTES = 32 * 1024 * 1024
 
 
@@ -96,6 +99,9 @@ class GrpcServer:
                     gatekeeper_of(settings),
                     self._computing,
                     frozenset(computing_methods),
+                    Admission(
+                        1, settings.max_queue_seconds, always=DEFERRED_CALLS_THAT_ARE_NO_QUEUE, together=True
+                    ),
                     max_stream_age_seconds=settings.max_stream_age_seconds,
                     # A quarter of the threads stays free for short calls and health checks.
                     max_streams=max(1, threads * 3 // 4),

@@ -115,6 +115,7 @@ class Feedback:
         self.catalogue.stop()
         for worker in self.workers:
             worker.stop()
+        self.servicer.close()
         self.log.close()
         self.notifier.close()
         self.database.close()

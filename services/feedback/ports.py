@@ -15,22 +15,30 @@ from services.feedback.domain.key_rotation import KeyRotation
 from services.feedback.domain.metrics import Measurement, Metric, MetricsQuery
 from services.feedback.domain.off_policy import LoggedImpressions
 from services.feedback.domain.unknown_items import UnknownItemOrder, UnknownItemsPage
+from shared.errors import Unavailable
 from shared.operations import OperationState
 
 
 class EventLog(Protocol):
     """The append-only log."""
 
-    def append(self, columns: EventColumns) -> Future[Appended]:
+    def append(self, columns: EventColumns, callers: Sequence[object] | None = None) -> Future[Appended]:
         """Queues rows for the next commit; the future is done once they are durable.
+
+        Args:
+            callers: whose rows they are, as traces name them; whoever calls this when None.
 
         Raises:
             ResourceExhausted: too many rows wait already.
 
         The future fails with Unavailable when the commit's outcome is unknown or it did not happen;
-        the same rows may then be appended again.
+        the same rows may then be appended again. It fails with Unstorable where a row of them is why.
         """
         ...
+
+
+class Unstorable(Unavailable):
+    """At least one of the rows cannot be stored as it is, and so none of them was. Others may fare better alone."""
 
 
 class ConsentStore(Protocol):

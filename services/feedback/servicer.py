@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 import grpc
-from prometheus_client import Counter
 from shopkeeper.feedback.v1 import (
     consent_pb2,
     experiment_pb2,
@@ -48,7 +47,8 @@ from services.feedback.converters.people import from_consent, to_consent, to_rec
 from services.feedback.converters.results import to_consistency_token, to_record_events_response, to_results
 from services.feedback.converters.unknown_items import from_list_unknown_items, to_list_unknown_items
 from services.feedback.converters.upkeep import from_purge_events, from_rotate_user_keys, to_key_rotation
-from services.feedback.domain.events import ReadBatch, RecordedBatch, RowStatus
+from services.feedback.domain.events import ReadBatch
+from services.feedback.recording import Recorder, count
 from services.feedback.use_cases import (
     ExportUser,
     ForgetUser,
@@ -62,11 +62,12 @@ from services.feedback.use_cases import (
     RotateUserKeys,
     RunExperiments,
     ValuePolicies,
+    commit_timeout,
 )
 from shared.admission import Priority
 from shared.deadline import time_remaining_seconds
+from shared.deferred_calls import Deferral
 from shared.errors import ResourceExhausted, Unavailable
-from shared.event_kinds import EventKind
 from shared.tokens import TokenSigner
 
 SERVICE_NAME = "shopkeeper.feedback.v1.FeedbackService"
@@ -85,8 +86,6 @@ PRIORITIES = {
     ),
     **dict.fromkeys(("SetConsent", "ForgetUser"), Priority.HIGH),
 }
-_EVENTS = Counter("shopkeeper_feedback_events_total", "Events by what became of them.", ["status", "kind"])
-_counters: dict[tuple[RowStatus, int | None], Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +134,16 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
         self._commit_timeout_seconds = commit_timeout_seconds
         self._stream_read_ahead = stream_read_ahead
         self._draining = threading.Event()
+        self._recorder = Recorder(reader, use_cases.record_events, signer)
+
+    def close(self) -> None:
+        """Queues what has come for its commit."""
+        self._recorder.close()
+
+    @property
+    def deferral(self) -> Deferral:
+        """How `RecordEvents` is answered without a thread a call."""
+        return Deferral(self._recorder.begin, self._commit_timeout_seconds, commit_timeout)
 
     def drain(self) -> None:
         """Ends streams that wait for the next moment."""
@@ -143,11 +152,11 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
     # Recording
 
     def RecordEvents(self, request: bytes, context: grpc.ServicerContext) -> bytes:  # type: ignore[override]
-        """Records a batch; see `add_to_server` for why it takes and returns bytes."""
+        """Records a batch, where `deferral` cannot; see `add_to_server` for why it takes and returns bytes."""
         batch = self._reader.read_request(request)
         timeout = time_remaining_seconds(context, self._commit_timeout_seconds)
         recorded = self._use_cases.record_events.submit(batch).wait(timeout)
-        _count(batch, recorded)
+        count(batch, recorded)
         return to_record_events_response(recorded, self._signer)
 
     def StreamEvents(
@@ -158,7 +167,7 @@ class FeedbackServicer(feedback_service_pb2_grpc.FeedbackServiceServicer):
         """Records batches, acknowledged in order."""
         for batch_number, pending in self._read_ahead(request_iterator, context):
             recorded = pending.wait(time_remaining_seconds(context, self._commit_timeout_seconds))
-            _count(pending.batch, recorded)
+            count(pending.batch, recorded)
             yield feedback_service_pb2.StreamEventsResponse(
                 batch_number=batch_number,
                 results=to_results(recorded),
@@ -419,7 +428,11 @@ class _RecordEventsInBytes:
         """Does nothing: handlers that are registered by name come first, and are the same."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
-        in_bytes: Any = grpc.unary_unary_rpc_method_handler(self._servicer.RecordEvents)
+        def record_events(request: bytes, context: grpc.ServicerContext) -> bytes:
+            return self._servicer.RecordEvents(request, context)
+
+        record_events.deferral = self._servicer.deferral  # type: ignore[attr-defined]
+        in_bytes: Any = grpc.unary_unary_rpc_method_handler(record_events)
         self._server.add_registered_method_handlers(service, {**handlers, "RecordEvents": in_bytes})
 
 
@@ -432,29 +445,3 @@ def add_to_server(servicer: FeedbackServicer, server: grpc.Server) -> None:
     feedback_service_pb2_grpc.add_FeedbackServiceServicer_to_server(
         servicer, cast(grpc.Server, _RecordEventsInBytes(servicer, server))
     )
-
-
-def _count(batch: ReadBatch, recorded: RecordedBatch) -> None:
-    stored: dict[int, int] = {}
-    kinds = batch.columns.column("kind")
-    for kind in kinds:
-        stored[kind] = stored.get(kind, 0) + 1
-    if recorded.exceptions:
-        kind_of = dict(zip(batch.row_numbers, kinds, strict=True))
-        for index, (status, _) in recorded.exceptions.items():
-            if status is RowStatus.STORED:
-                continue
-            kind = kind_of.get(index)
-            _counter(status, kind).inc()
-            if kind is not None:
-                stored[kind] -= 1
-    for kind, count in stored.items():
-        _counter(RowStatus.STORED, kind).inc(count)
-
-
-def _counter(status: RowStatus, kind: int | None) -> Any:
-    counter = _counters.get((status, kind))
-    if counter is None:
-        name = "unknown" if kind is None else EventKind(kind).name.lower()
-        counter = _counters[status, kind] = _EVENTS.labels(status.name.lower(), name)
-    return counter

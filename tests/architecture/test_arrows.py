@@ -73,6 +73,11 @@ EXTRA_ROLES: dict[str, dict[str, set[str]]] = {
         "bench_quality": {"pipeline", "domain"},
     },
     "profile": {"metrics": set()},
+    # Part of the servicer: RecordEvents for many callers at once.
+    "feedback": {
+        "recording": {"converters", "use_cases", "domain", "ports"},
+        "servicer": {"recording"},
+    },
 }
 
 

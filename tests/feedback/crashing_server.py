@@ -23,7 +23,7 @@ from typing import Any
 import psycopg
 
 from services.feedback import __main__ as service
-from services.feedback import servicer, use_cases
+from services.feedback import recording
 from services.feedback.converters import results
 from services.feedback.converters.events import EventReader
 from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
@@ -31,11 +31,13 @@ from services.feedback.storage import log_writer
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.imports import PostgresImports
 from services.feedback.storage.log_writer import LogWriter
+from services.feedback.use_cases import recording as recording_use_case
+from shared.deferred_calls import DeferredCall
 
 # Step → owner of a function, its name, and whether to die before or after it.
 STEPS: dict[str, tuple[Any, str, str]] = {
-    "received": (EventReader, "read_request", "before"),
-    "read": (EventReader, "read_request", "after"),
+    "received": (EventReader, "read_requests", "before"),
+    "read": (EventReader, "read_requests", "after"),
     "to be queued": (GroupCommitLog, "append", "before"),
     "queued": (GroupCommitLog, "append", "after"),
     "taken from the queue": (GroupCommitLog, "_commit", "before"),
@@ -47,10 +49,11 @@ STEPS: dict[str, tuple[Any, str, str]] = {
     "verdicts found": (LogWriter, "append", "after"),
     "to be answered": (GroupCommitLog, "_answer", "before"),
     "answered inside": (GroupCommitLog, "_answer", "after"),
-    "settled": (use_cases, "settled", "after"),
+    "settled": (recording_use_case, "settled", "after"),
     "token signed": (results, "to_consistency_token", "after"),
-    "response made": (servicer, "to_record_events_response", "after"),
-    "handler returned": (servicer.FeedbackServicer, "RecordEvents", "after"),
+    "responses made": (recording, "to_record_events_responses", "after"),
+    "to be sent": (DeferredCall, "answer", "before"),
+    "sent": (DeferredCall, "answer", "after"),
 }
 IMPORT_STEPS: dict[str, tuple[Any, str, str]] = {
     "part to be settled": (PostgresImports, "checkpoint", "before"),
@@ -100,8 +103,8 @@ def acknowledge_before_commit() -> None:
     """Answers at once, and commits behind the caller's back."""
     queue_rows = GroupCommitLog.append
 
-    def append(self: GroupCommitLog, columns: EventColumns) -> Any:
-        queued = queue_rows(self, columns)
+    def append(self: GroupCommitLog, columns: EventColumns, callers: Any = None) -> Any:
+        queued = queue_rows(self, columns, callers)
         answer: Any = type(queued)()
         answer.set_result(Appended(1, {}))
         return answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,12 +35,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> EventReader:
 
 
 def contents(batch: ReadBatch) -> Any:
-    # repr: a NaN would differ from itself, and 1 would equal 1.0.
-    dense = [list(column) for column in batch.columns.dense]
-    return repr((dense, sorted(batch.columns.sparse.items()), list(batch.row_numbers), batch.size)), (
-        batch.problems,
-        batch.remarks,
-    )
+    # Plain events come first, so rows are put in order. repr: a NaN would differ from itself, and 1 would equal 1.0.
+    order = sorted(range(len(batch.row_numbers)), key=batch.row_numbers.__getitem__)
+    columns = batch.columns.taken(order)
+    dense = [list(column) for column in columns.dense]
+    sparse = [(name, sorted(values.items())) for name, values in sorted(columns.sparse.items())]
+    numbers = [batch.row_numbers[row] for row in order]
+    return repr((dense, sparse, numbers, batch.size)), (batch.problems, batch.remarks)
 
 
 def assert_read_alike(reader: EventReader, request: bytes) -> None:
@@ -226,23 +226,45 @@ def test_what_shops_send_most_is_plain(name: str) -> None:
     assert wire_events.read_plain(request, np.array(spans[0]), np.array(spans[1])).is_plain.all()
 
 
-def test_requests_that_are_read_together_get_their_own_rows(reader: EventReader) -> None:
+@pytest.mark.parametrize("events_each", [1, 3, 30])
+def test_requests_that_are_read_together_get_their_own_rows(reader: EventReader, events_each: int) -> None:
     bad = event_pb2.Event(event_id=uuid7(), user_id="")
+    sent, requests = [], []
+    for number in range(60):
+        own = [item_view(f"shopper-{number}-{row}", f"item-{number}") for row in range(events_each)]
+        if number % 5 == 0:
+            own.insert(number % events_each, bad)
+        sent.append(own)
+        requests.append(feedback_service_pb2.RecordEventsRequest(events=own).SerializeToString())
+    ruined = {7: b"\x0a\x02\x12\x05", 20: b"\x0a\x7f", 21: b"\x0a"}
+    for number, tail in ruined.items():
+        requests[number] += tail
+    requests[30] = b""
+    batch, refusals = reader.read_requests(requests, NOW_US)
+    assert set(refusals) == {*ruined, 30}
+    ends = [*batch.starts[1:], batch.size]
+    for number, (start, end) in enumerate(zip(batch.starts, ends, strict=True)):
+        if number in refusals:
+            continue
+        rows = [row for row, index in enumerate(batch.row_numbers) if start <= index < end]
+        alone = ReadBatch(
+            batch.columns.taken(rows),
+            [batch.row_numbers[row] - start for row in rows],
+            end - start,
+            {index - start: problem for index, problem in batch.problems.items() if start <= index < end},
+            {index - start: remark for index, remark in batch.remarks.items() if start <= index < end},
+        )
+        assert contents(alone) == contents(reader.read(sent[number], NOW_US))
+        assert set(alone.problems) == ({number % events_each} if number % 5 == 0 else set())
 
-    def read(number: int) -> None:
-        own = [item_view(f"shopper-{number}-{row}", f"item-{number}") for row in range(30)]
-        own.insert(number % 30, bad)
-        request = feedback_service_pb2.RecordEventsRequest(events=own).SerializeToString()
-        if number % 7 == 0:
-            with pytest.raises(InvalidInput):
-                reader.read_request(request + b"\x0a\x02\x12\x05", NOW_US)
-            return
-        batch = reader.read_request(request, NOW_US)
-        assert contents(batch) == contents(reader.read(own, NOW_US))
-        assert set(batch.problems) == {number % 30}
 
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(read, range(200)))
+def test_nothing_of_a_refused_request_is_stored(reader: EventReader) -> None:
+    whole = feedback_service_pb2.RecordEventsRequest(events=PADDING).SerializeToString()
+    batch, refusals = reader.read_requests([whole + b"\x0a\x02\x12\x05", whole], NOW_US)
+    assert set(refusals) == {0}
+    stored = [index for index in batch.row_numbers if index < batch.starts[1]]
+    assert not stored
+    assert len(batch.columns) == len(PADDING)
 
 
 @pytest.mark.parametrize(("count", "reason"), [(0, "INVALID_ARGUMENT"), (1_001, "BATCH_TOO_LARGE")])

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from services.feedback.converters.event_details import DETAILS, DetailReader, Re
 from services.feedback.converters.identities import Door
 from services.feedback.domain.event_key import event_key_of_digest, event_key_of_uuid, milliseconds_of
 from services.feedback.domain.events import (
+    DENSE_COLUMNS,
     ConsentBit,
     EventColumns,
     ReadBatch,
@@ -38,8 +37,6 @@ from shared.tokens import AttributionToken, TokenSigner
 MAX_BATCH = 1_000
 # Reading by columns costs some 150 µs before the first event.
 LEAST_FOR_COLUMNS = 24
-# Events that one thread reads for others while they wait.
-MOST_AT_ONCE = 2_000
 MAX_TOKEN = 65_536
 _CLOCK_SKEW_US = 5 * 60 * 1_000_000
 _YEAR_2000_US = 946_684_800 * 1_000_000
@@ -66,7 +63,6 @@ class EventReader:
         self._attribution_max_age_ms = int(attribution_max_age_days * _DAY_MS)
         # Threads that wait for the interpreter wake up at every switch interval; those that wait here sleep.
         self._one_at_a_time = threading.Lock()
-        self._waiting: deque[_Request] = deque()
 
     def read(self, events: Sequence[event_pb2.Event], now_us: int | None = None) -> ReadBatch:
         """Returns the rows of a request.
@@ -86,44 +82,24 @@ class EventReader:
     def read_request(self, request: bytes, now_us: int | None = None) -> ReadBatch:
         """Returns the rows of a serialised `RecordEventsRequest`; like `read` of its events in every respect.
 
-        Requests that arrive while another is read are then read together, by the first thread that may go on
-        ("flat combining", Hendler et al., 2010): the more there is to do, the less an event costs.
-
         Raises:
             InvalidInput: no such message, no events, or too many (BATCH_TOO_LARGE).
         """
-        spans = wire_events.event_spans(request)
-        if spans is None or len(spans[0]) < LEAST_FOR_COLUMNS:
-            try:
-                message = feedback_service_pb2.RecordEventsRequest.FromString(request)
-            except DecodeError:
-                raise _undecodable() from None
-            return self.read(message.events, now_us)
-        _check_size(len(spans[0]))
-        mine = _Request(request, *spans)
-        self._waiting.append(mine)
+        batch, refusals = self.read_requests([request], now_us)
+        if refusals:
+            raise refusals[0]
+        return batch
+
+    def read_requests(
+        self, requests: Sequence[bytes], now_us: int | None = None
+    ) -> tuple[ReadBatch, dict[int, InvalidInput]]:
+        """Returns the rows of serialised requests together, and by request why it is refused as a whole.
+
+        The more there is to do, the less an event costs. A refused request has no events in the batch.
+        """
+        reading = self._reading(now_us)
         with self._one_at_a_time:
-            while mine.answer is None:
-                self._read_together(self._next_group(), now_us)
-        if isinstance(mine.answer, BaseException):
-            raise mine.answer
-        return mine.answer
-
-    def _next_group(self) -> list[_Request]:
-        group: list[_Request] = []
-        events = 0
-        while self._waiting and events < MOST_AT_ONCE:
-            group.append(self._waiting.popleft())
-            events += len(group[-1].starts)
-        return group
-
-    def _read_together(self, group: list[_Request], now_us: int | None) -> None:
-        try:
-            self._reading(now_us).read_columns(group)
-        except BaseException as error:
-            # Each of the threads that wait must learn that nobody will answer it.
-            for request in group:
-                request.answer = request.answer or error
+            return reading.read_requests(requests)
 
     def _reading(self, now_us: int | None) -> _Reading:
         return _Reading(
@@ -152,14 +128,32 @@ def _undecodable() -> InvalidInput:
     )
 
 
+def _split(request: bytes) -> _Request:
+    """Returns where the events of a request stand; raises InvalidInput for what is no request."""
+    spans = wire_events.event_spans(request)
+    if spans is not None:
+        _check_size(len(spans[0]))
+        return _Request(request, *spans, ())
+    try:
+        message = feedback_service_pb2.RecordEventsRequest.FromString(request)
+    except DecodeError:
+        raise _undecodable() from None
+    _check_size(len(message.events))
+    return _Request(b"", [], [], message.events)
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
-    """A request that waits to be read, where its events stand, and what came of it."""
+    """A request, where its events stand where they can be read by columns, or else its messages."""
 
     content: bytes
     starts: list[int]
     ends: list[int]
-    answer: ReadBatch | BaseException | None = None
+    messages: Sequence[event_pb2.Event]
+
+    @property
+    def size(self) -> int:
+        return len(self.starts) or len(self.messages)
 
 
 class _Reading(DetailReader):
@@ -182,7 +176,7 @@ class _Reading(DetailReader):
         rows: list[tuple[Any, ...]] = []
         row_numbers: list[int] = []
         for index, event in enumerate(events):
-            if (row := self._judged(index, event, len(rows))) is not None:
+            if (row := self._judged(index, index, event, len(rows))) is not None:
                 rows.append(row)
                 row_numbers.append(index)
         return ReadBatch(
@@ -193,68 +187,111 @@ class _Reading(DetailReader):
             self._remarks,
         )
 
-    def read_columns(self, group: Sequence[_Request]) -> None:
-        """Answers requests with the rows of their events."""
-        offsets = list(accumulate((len(request.content) for request in group), initial=0))
+    def read_requests(self, requests: Sequence[bytes]) -> tuple[ReadBatch, dict[int, InvalidInput]]:
+        refusals: dict[int, InvalidInput] = {}
+        group = []
+        for number, content in enumerate(requests):
+            try:
+                group.append(_split(content))
+            except InvalidInput as error:
+                refusals[number] = error
+                group.append(_Request(b"", [], [], ()))
+        if 0 < sum(len(request.starts) for request in group) < LEAST_FOR_COLUMNS:
+            for number, request in enumerate(group):
+                if request.starts:
+                    try:
+                        message = feedback_service_pb2.RecordEventsRequest.FromString(request.content)
+                        group[number] = _Request(b"", [], [], message.events)
+                    except DecodeError:
+                        refusals[number] = _undecodable()
+                        group[number] = _Request(b"", [], [], ())
         content = b"".join(request.content for request in group)
-        starts, ends = (
-            np.concatenate(
-                [np.array(places(request)) + offset for request, offset in zip(group, offsets, strict=False)]
-            )
-            for places in (attrgetter("starts"), attrgetter("ends"))
+        plain, is_plain = self._read_plain(content, group)
+        others = self._others(group, is_plain, refusals)
+        starts = list(accumulate((request.size for request in group), initial=0))
+        size = starts.pop()
+        # Where each event that was read by columns stands among all.
+        places = np.concatenate(
+            [
+                np.arange(start, start + len(request.starts))
+                for request, start in zip(group, starts, strict=True)
+            ]
         )
-        plain = wire_events.read_plain(content, starts, ends)
+        if plain is None:
+            dense: tuple[list[Any], ...] = tuple([] for _ in DENSE_COLUMNS)
+            row_numbers: list[int] = []
+        else:
+            kept = np.flatnonzero(is_plain)
+            dense = self._plain_columns(content, plain if len(kept) == len(places) else plain.taken(kept))
+            row_numbers = places[kept].tolist()
+        for number, index, event in others:
+            if (row := self._judged(starts[number] + index, index, event, len(row_numbers))) is not None:
+                for column, value in zip(dense, row, strict=True):
+                    column.append(value)
+                row_numbers.append(starts[number] + index)
+        return (
+            ReadBatch(
+                EventColumns(dense, self._sparse), row_numbers, size, self._problems, self._remarks, starts
+            ),
+            refusals,
+        )
+
+    def _read_plain(
+        self, content: bytes, group: Sequence[_Request]
+    ) -> tuple[wire_events.PlainEvents | None, wire_events.Bools]:
+        """Returns the events that can be read by columns, and which of them are what they seem."""
+        if not content:
+            return None, np.zeros(0, dtype=bool)
+        offsets = accumulate((len(request.content) for request in group), initial=0)
+        starts, ends = [], []
+        for request, offset in zip(group, offsets, strict=False):
+            starts.append(np.array(request.starts, dtype=np.int64) + offset)
+            ends.append(np.array(request.ends, dtype=np.int64) + offset)
+        plain = wire_events.read_plain(content, np.concatenate(starts), np.concatenate(ends))
         is_plain = (
             plain.is_plain
             & (plain.occurred_at_us <= self._now_us + _CLOCK_SKEW_US)
             & (plain.occurred_at_us >= _YEAR_2000_US)
         )
-        dense = self._plain_columns(content, plain, is_plain)
-        others = np.flatnonzero(~is_plain)
+        return plain, is_plain
+
+    def _others(
+        self, group: list[_Request], is_plain: wire_events.Bools, refusals: dict[int, InvalidInput]
+    ) -> list[tuple[int, int, event_pb2.Event]]:
+        """Returns request, index in it and message of what is read message by message.
+
+        A request with an event that cannot be decoded is refused as a whole: it keeps its place, and its rows go.
+        """
+        others = []
         first = 0
-        for request in group:
+        for number, request in enumerate(group):
+            if request.messages:
+                others += [(number, index, event) for index, event in enumerate(request.messages)]
+                continue
             last = first + len(request.starts)
-            own = others[np.searchsorted(others, first) : np.searchsorted(others, last)] - first
-            columns = tuple(values[first:last] for values in dense)
-            request.answer = self._completed(request, columns, own.tolist())
-            first = last
-
-    def _completed(
-        self, request: _Request, dense: tuple[list[Any], ...], others: Sequence[int]
-    ) -> ReadBatch | InvalidInput:
-        """Reads the events that are not plain, message by message, into their places among the columns."""
-        self._sparse, self._problems, self._remarks = {}, {}, {}
-        for index in others:
+            own = []
             try:
-                event = event_pb2.Event.FromString(
-                    request.content[request.starts[index] : request.ends[index]]
-                )
+                for index in np.flatnonzero(~is_plain[first:last]).tolist():
+                    event = event_pb2.Event.FromString(
+                        request.content[request.starts[index] : request.ends[index]]
+                    )
+                    own.append((number, index, event))
+                others += own
             except DecodeError:
-                return _undecodable()
-            if (row := self._judged(index, event, index)) is not None:
-                for column, value in zip(dense, row, strict=True):
-                    column[index] = value
-        size = len(request.starts)
-        columns = EventColumns(dense, self._sparse)
-        row_numbers: Sequence[int] = range(size)
-        if self._problems:
-            row_numbers = [index for index in row_numbers if index not in self._problems]
-            columns = columns.taken(row_numbers)
-        return ReadBatch(columns, row_numbers, size, self._problems, self._remarks)
+                refusals[number] = _undecodable()
+                is_plain[first:last] = False
+            first = last
+        return others
 
-    def _plain_columns(
-        self, request: bytes, plain: wire_events.PlainEvents, is_plain: wire_events.Bools
-    ) -> tuple[list[Any], ...]:
-        """Returns the values of plain events in the order of DENSE_COLUMNS; those of others mean nothing."""
+    def _plain_columns(self, request: bytes, plain: wire_events.PlainEvents) -> tuple[list[Any], ...]:
+        """Returns the values of plain events in the order of DENSE_COLUMNS."""
         door = self._door
         keys_of: dict[bytes, tuple[bytes, bytes]] = {b"": (b"", b"")}
         session_key_of: dict[bytes, bytes | None] = {b"": None}
         currency_codes: dict[bytes, str | None] = {b"": None}
 
         def texts(start: wire_events.Ints, end: wire_events.Ints) -> list[bytes]:
-            # What is not plain becomes an empty text, at no cost.
-            places = zip((start * is_plain).tolist(), (end * is_plain).tolist(), strict=True)
-            return [request[start:end] for start, end in places]
+            return [request[start:end] for start, end in zip(start.tolist(), end.tolist(), strict=True)]
 
         user_ids = texts(plain.user_start, plain.user_end)
         for user_id in user_ids:
@@ -289,20 +326,26 @@ class _Reading(DetailReader):
             plain.consent.tolist(),
         )
 
-    def _judged(self, index: int, event: event_pb2.Event, place: int) -> tuple[Any, ...] | None:
-        """Returns the row of an event, or None and notes why not; sparse values are kept under `place`."""
+    def _judged(self, number: int, index: int, event: event_pb2.Event, place: int) -> tuple[Any, ...] | None:
+        """Returns the row of an event, or None and notes why not.
+
+        Args:
+            number: under which problems are noted.
+            index: of the event in its request.
+            place: of the row, under which its sparse values are kept.
+        """
         try:
             row = self._row(event)
         except Rejected as problem:
             self._row_sparse = {}
             path = f"events[{index}].{problem.path}" if problem.path else f"events[{index}]"
-            self._problems[index] = RowProblem(path, problem.reason, problem.message)
+            self._problems[number] = RowProblem(path, problem.reason, problem.message)
             return None
         if self._row_sparse:
             for name, value in self._row_sparse.items():
                 if name == "remark":
                     path, reason, message = value
-                    self._remarks[index] = RowProblem(f"events[{index}].{path}", reason, message)
+                    self._remarks[number] = RowProblem(f"events[{index}].{path}", reason, message)
                 else:
                     self._sparse.setdefault(name, {})[place] = value
             self._row_sparse = {}

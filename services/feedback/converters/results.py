@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 
-from services.feedback.domain.events import RecordedBatch, RowStatus
+from services.feedback.domain.events import RecordedBatch, RowStatus, divided
 from shared.tokens import ConsistencyToken, TokenSigner
 
 _STORED = event_pb2.EventResult(status=event_pb2.EVENT_STATUS_STORED)
@@ -29,12 +31,32 @@ def to_results(recorded: RecordedBatch) -> list[event_pb2.EventResult]:
 
 def to_record_events_response(recorded: RecordedBatch, signer: TokenSigner) -> bytes:
     """Returns the serialised `RecordEventsResponse`."""
-    rest = feedback_service_pb2.RecordEventsResponse(consistency_token=to_consistency_token(recorded, signer))
+    return _response(recorded, _serialised_token(recorded, signer))
+
+
+def to_record_events_responses(
+    recorded: RecordedBatch, starts: Sequence[int], signer: TokenSigner
+) -> list[bytes]:
+    """Returns one serialised `RecordEventsResponse` a request, of requests that were stored together."""
+    token = _serialised_token(recorded, signer)
     if recorded.exceptions:
-        rest.results.extend(to_results(recorded))
-        return rest.SerializeToString()
-    # Fields may come in any order, and a repeated one in parts: all of the answer but the token is always the same.
-    return _STORED_RESULT * recorded.size + rest.SerializeToString()
+        return [_response(part, b"" if part.xid is None else token) for part in divided(recorded, starts)]
+    ends = [*starts[1:], recorded.size]
+    return [_STORED_RESULT * (end - start) + token for start, end in zip(starts, ends, strict=True)]
+
+
+def _response(recorded: RecordedBatch, token: bytes) -> bytes:
+    # Fields may come in any order, and a repeated one in parts: all of the answer but the token is mostly the same.
+    if not recorded.exceptions:
+        return _STORED_RESULT * recorded.size + token
+    results = feedback_service_pb2.RecordEventsResponse(results=to_results(recorded))
+    return results.SerializeToString() + token
+
+
+def _serialised_token(recorded: RecordedBatch, signer: TokenSigner) -> bytes:
+    return feedback_service_pb2.RecordEventsResponse(
+        consistency_token=to_consistency_token(recorded, signer)
+    ).SerializeToString()
 
 
 def to_consistency_token(recorded: RecordedBatch, signer: TokenSigner) -> str:

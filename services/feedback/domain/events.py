@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -167,14 +168,15 @@ class EventColumns:
 
 @dataclass(frozen=True, slots=True)
 class ReadBatch:
-    """A request after it was read: rows to store, and what is already decided.
+    """A request, or some that are stored together, after they were read: rows to store, and what is already decided.
 
     Attributes:
         columns: the n rows to store.
-        row_numbers: for each of them its index in the request.
-        size: the number of events in the request.
-        problems: by index in the request, why a row is rejected.
-        remarks: by index in the request, what is amiss with a row that is stored all the same.
+        row_numbers: for each of them the index of its event; those of a later request go on behind the earlier ones'.
+        size: the number of events.
+        problems: by index, why a row is rejected.
+        remarks: by index, what is amiss with a row that is stored all the same.
+        starts: of each request the index of its first event, ascending.
     """
 
     columns: EventColumns
@@ -182,6 +184,11 @@ class ReadBatch:
     size: int
     problems: dict[int, RowProblem]
     remarks: dict[int, RowProblem]
+    starts: Sequence[int] = (0,)
+
+    def path(self, index: int) -> str:
+        """Returns where an event stands in its own request."""
+        return f"events[{index - self.starts[bisect_right(self.starts, index) - 1]}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,18 +238,33 @@ def settled(batch: ReadBatch, appended: Appended | None) -> RecordedBatch:
         durable -= 1
         if verdict is AppendVerdict.USER_FORGOTTEN:
             problem = RowProblem(
-                f"events[{index}].user_id",
+                f"{batch.path(index)}.user_id",
                 RowReason.USER_FORGOTTEN,
                 "This person has been forgotten, and stays so; a returning shopper needs a new user_id.",
             )
         else:
             problem = RowProblem(
-                f"events[{index}].event_id",
+                f"{batch.path(index)}.event_id",
                 RowReason.PAYLOAD_CONFLICT,
                 "An event with this id was stored with other content; give every event an id of its own.",
             )
         exceptions[index] = (RowStatus.REJECTED, problem)
     return RecordedBatch(batch.size, exceptions, appended.xid if durable else None)
+
+
+def divided(recorded: RecordedBatch, starts: Sequence[int]) -> list[RecordedBatch]:
+    """Returns what became of each request of some that were stored together, indices counted within it."""
+    ends = [*starts[1:], recorded.size]
+    own: list[dict[int, tuple[RowStatus, RowProblem | None]]] = [{} for _ in starts]
+    for index, verdict in recorded.exceptions.items():
+        # Of requests that start at the same index all but the last are empty.
+        request = bisect_right(starts, index) - 1
+        own[request][index - starts[request]] = verdict
+    parts = []
+    for start, end, exceptions in zip(starts, ends, own, strict=True):
+        refused = sum(status is RowStatus.REJECTED for status, _ in exceptions.values())
+        parts.append(RecordedBatch(end - start, exceptions, recorded.xid if end - start > refused else None))
+    return parts
 
 
 _DENSE_INDEX = {name: index for index, name in enumerate(DENSE_COLUMNS)}

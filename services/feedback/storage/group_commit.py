@@ -13,18 +13,19 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, cast
 
 import psycopg
 from opentelemetry import trace
 from prometheus_client import Counter, Histogram
 
 from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
+from services.feedback.ports import Unstorable
 from services.feedback.storage.log_writer import unavailable
 from shared.errors import ResourceExhausted, ShopkeeperError, Unavailable
 from shared.telemetry import get_logger
@@ -68,12 +69,12 @@ class Writer(Protocol):
 class _Waiting:
     columns: EventColumns
     future: Future[Appended]
-    caller: trace.SpanContext
+    callers: Sequence[trace.SpanContext]
 
 
 def _span_of(batch: list[_Waiting]) -> AbstractContextManager[object]:
     """A commit is a span in the trace of the first of its calls that is traced, and linked to those of the others."""
-    callers = [waiting.caller for waiting in batch if waiting.caller.is_valid]
+    callers = [caller for waiting in batch for caller in waiting.callers if caller.is_valid]
     if not callers:
         return nullcontext()
     return _tracer.start_as_current_span(
@@ -83,7 +84,7 @@ def _span_of(batch: list[_Waiting]) -> AbstractContextManager[object]:
         links=[trace.Link(caller) for caller in callers[1:]],
         attributes={
             "db.system.name": "postgresql",
-            "shopkeeper.calls": len(batch),
+            "shopkeeper.calls": sum(len(waiting.callers) for waiting in batch),
             "shopkeeper.events": sum(len(waiting.columns) for waiting in batch),
         },
         # The details of an error can hold values.
@@ -125,10 +126,12 @@ class GroupCommitLog:
         for thread in self._threads:
             thread.start()
 
-    def append(self, columns: EventColumns) -> Future[Appended]:
-        """Queues rows for the next commit; see the port."""
+    def append(self, columns: EventColumns, callers: Sequence[object] | None = None) -> Future[Appended]:
+        """Queues rows for the next commit; see the port. The callers are contexts of spans."""
         future: Future[Appended] = Future()
-        caller = trace.get_current_span().get_span_context()
+        spans = cast(Sequence[trace.SpanContext] | None, callers)
+        if spans is None:
+            spans = (trace.get_current_span().get_span_context(),)
         with self._changed:
             if self._stopping:
                 raise Unavailable(
@@ -141,7 +144,7 @@ class GroupCommitLog:
                     {"limit": str(self._queue_rows)},
                     retry_after_seconds=0.25,
                 )
-            self._waiting.append(_Waiting(columns, future, caller))
+            self._waiting.append(_Waiting(columns, future, spans))
             self._waiting_rows += len(columns)
             self._changed.notify()
         return future
@@ -209,14 +212,15 @@ class GroupCommitLog:
             _FAILURES.labels(type(error).__name__).inc()
             if len(batch) == 1:
                 self._logger.error("a batch cannot be stored", cause=type(error).__name__)
-                batch[0].future.set_exception(unavailable(error))
+                refusal = unavailable(error)
+                batch[0].future.set_exception(Unstorable(refusal.reason, refusal.message, refusal.metadata))
                 return
             # One caller's rows must not cost the others theirs.
             for waiting in batch:
                 self._commit([waiting], writer)
             return
         _COMMIT_SECONDS.observe(time.perf_counter() - start)
-        _COMMIT_CALLS.observe(len(batch))
+        _COMMIT_CALLS.observe(sum(len(waiting.callers) for waiting in batch))
         _COMMIT_ROWS.observe(sum(len(waiting.columns) for waiting in batch))
         self._on_commit()
         self._answer(batch, appended)

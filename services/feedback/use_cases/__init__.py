@@ -5,7 +5,7 @@ from services.feedback.use_cases.experiments import ExperimentReport, RunExperim
 from services.feedback.use_cases.imports import ManageImports, RunImports
 from services.feedback.use_cases.measuring import MeasureMetrics, ValuePolicies
 from services.feedback.use_cases.people import ExportUser, ForgetUser, ManageConsent
-from services.feedback.use_cases.recording import PendingBatch, RecordEvents
+from services.feedback.use_cases.recording import PendingBatch, RecordEvents, commit_timeout
 from services.feedback.use_cases.upkeep import PurgeEvents, RotateUserKeys
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "RunExperiments",
     "RunImports",
     "ValuePolicies",
+    "commit_timeout",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -30,15 +31,20 @@ class PendingBatch:
         try:
             return settled(self.batch, self.appended.result(timeout_seconds))
         except FutureTimeoutError:
-            raise DeadlineExceeded(
-                "COMMIT_TIMEOUT",
-                "The commit did not return within the deadline. Send the same events again: those that "
-                "were stored come back as DUPLICATE.",
-            ) from None
+            raise commit_timeout() from None
         except CancelledError:
             raise Unavailable(
                 "LOG_UNAVAILABLE", "The service is stopping; send the same events again."
             ) from None
+
+
+def commit_timeout() -> DeadlineExceeded:
+    """Returns the failure of a call whose commit does not return in time."""
+    return DeadlineExceeded(
+        "COMMIT_TIMEOUT",
+        "The commit did not return within the deadline. Send the same events again: those that "
+        "were stored come back as DUPLICATE.",
+    )
 
 
 class RecordEvents:
@@ -48,8 +54,11 @@ class RecordEvents:
         self._log = log
         self._items = items
 
-    def submit(self, batch: ReadBatch) -> PendingBatch:
+    def submit(self, batch: ReadBatch, callers: Sequence[object] | None = None) -> PendingBatch:
         """Queues the rows of a batch; `PendingBatch.wait` tells what became of them.
+
+        Args:
+            callers: see `EventLog.append`.
 
         Raises:
             ResourceExhausted: too many rows wait for their commit.
@@ -64,9 +73,9 @@ class RecordEvents:
                 batch.remarks.setdefault(
                     index,
                     RowProblem(
-                        f"events[{index}]",
+                        batch.path(index),
                         RowReason.UNKNOWN_ITEM,
                         f"Stored, but the catalogue does not know the item {item_id!r} (yet): upsert it in profile.",
                     ),
                 )
-        return PendingBatch(batch, self._log.append(columns))
+        return PendingBatch(batch, self._log.append(columns, callers))
