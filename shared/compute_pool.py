@@ -3,8 +3,8 @@
 Threads that compute in Python take turns at the interpreter lock: with dozens of them, every array operation
 gives the lock away and queues for it anew, and the slowest call of a second takes a hundred times the usual.
 So few compute at once, while one more has grpc fetch its message and send its answer: to wait for that with the
-interpreter idle would take a fifth of what a process can answer. A call that has to wait for the outside (`ComputePool.waiting`) leaves its place to
-another meanwhile, as a blocking call does in Go's scheduler or in Java's ForkJoinPool.ManagedBlocker.
+interpreter idle would take a fifth of what a process can answer. A call that has to wait for the outside
+(`ComputePool.waiting`) leaves its place to another meanwhile, as a blocking call does in Go's scheduler or in Java's ForkJoinPool.ManagedBlocker.
 """
 
 from __future__ import annotations
