@@ -173,7 +173,7 @@ def test_what_does_not_clearly_beat_popularity_is_not_served() -> None:
     draws = [generator.choice(200, 3, p=share_I / share_I.sum()).tolist() for _ in range(30)]
     blend = learned(draws, vectors_of_walk=False)
     assert blend.fell_back
-    assert not {name for name, weight in blend.weights.items() if weight} - {"popularity", "forward"}
+    assert not {name for name, weight in blend.weights.items() if weight} - set(CAUTIOUS_WEIGHTS)
 
 
 @pytest.mark.parametrize("draws", [walk(users=40, items=60), [[n, n + 20, (n * 7) % 20] for n in range(20)]])

@@ -37,8 +37,35 @@ def queries(model, items, kinds, segments):
     padded = np.zeros((3, rows, length), np.int32)
     for place, values in enumerate((items, kinds, segments)):
         padded[place, 0, : len(values)] = values
-    vectors_ID = tf.constant(model.item_vectors())
-    return model._encode_rows(*(tf.constant(part) for part in padded), vectors_ID).numpy()[0]
+    vectors_BTD = tf.constant(model.item_vectors()[padded[0]])
+    return model._encode_rows(vectors_BTD, *(tf.constant(part) for part in padded[1:])).numpy()[0]
+
+
+def test_within_averages_everything_that_is_read_is_averaged_and_afterwards_trained_again() -> None:
+    from services.trainer.pipeline.dataset import Cleaning, clean, leave_one_out
+    from services.trainer.pipeline.sequence_model import SequenceModel
+
+    histories = clean(columns_of(walk(users=30, items=20)), Cleaning())
+    attributes = encode_attributes(
+        histories.item_ids, {name: ["all", name[-1]] for name in histories.item_ids}
+    )
+    model = SequenceModel(histories.item_count, attributes, resolve("tiny", {}), seed=1)
+    generator = np.random.default_rng(0)
+    asked = leave_one_out(histories, True).test
+    averages = [generator.normal(size=w.shape).astype(np.float32) for w in model.weights()]
+    model.set_weights(averages)
+    model.start_averages()
+    expected = model.item_vectors(), model.encode(histories, asked)
+    trained = [0.5 * weight for weight in averages]
+    model.set_weights(trained)
+    with model.averaged():
+        for found, value in zip(model.weights(), averages, strict=True):
+            np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(model.item_vectors(), expected[0], rtol=1e-6)
+        np.testing.assert_allclose(model.encode(histories, asked), expected[1], rtol=1e-4, atol=1e-5)
+    for found, value in zip(model.weights(), trained, strict=True):
+        np.testing.assert_array_equal(found, value)
+    np.testing.assert_allclose(model.item_vectors(), 0.5 * expected[0], rtol=1e-5)
 
 
 def test_what_comes_later_changes_nothing_that_came_before(model) -> None:
@@ -139,8 +166,8 @@ def test_averaged_weights_follow_the_trained_ones_and_leave_them_as_they_were() 
     model.average(passes=1)
     # After one pass a quarter is remembered.
     with model.averaged():
-        np.testing.assert_allclose(model.id_table.numpy(), first + 0.75, rtol=1e-5)
-    np.testing.assert_array_equal(model.id_table.numpy(), first + np.float32(1.0))
+        np.testing.assert_allclose(model.weights()[0], first + 0.75, rtol=1e-5)
+    np.testing.assert_array_equal(model.weights()[0], first + np.float32(1.0))
 
 
 def test_sparse_adam_moves_only_rows_that_were_read_and_as_adam_does() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 
 from services.trainer.clients import CatalogueClient, bands_of, numbers_of, values_of
-from services.trainer.pipeline.copy_decoding import CopyDecoder, row_starts
+from services.trainer.pipeline.copy_decoding import CopyDecoder, arrow_keys, numbered, row_starts
 from services.trainer.pipeline.log_reader import LOG_ERRORS, KeyedEvents, read_keyed_events
 from shared.bundle.history import INTEREST_KINDS
 from shared.database import Database
@@ -100,9 +100,25 @@ def decoded(content: bytes, pieces: list[int]) -> list[tuple[bytes, int, int, in
         (user, int(kind), int(time) - 946_684_800_000_000, int(line), item.encode())
         for block in decoder.finish()
         for user, kind, time, line, item in zip(
-            block.user.to_pylist(), block.kind_E, block.time_E, block.line_E, block.item.to_pylist(), strict=True
+            arrow_keys(block.user_key_E).to_pylist(), block.kind_E, block.time_E, block.line_E, block.item.to_pylist(), strict=True
         )
     ]  # fmt: skip
+
+
+def test_people_are_numbered_by_the_order_of_their_keys_over_all_blocks() -> None:
+    generator = np.random.default_rng(0)
+    distinct = [generator.bytes(16) for _ in range(50)]
+    # Keys that differ in their last half alone, and in a byte that a signed comparison would put first.
+    distinct += [b"\xff" * 8 + bytes([n]) * 8 for n in (0, 255, 127)]
+    drawn = [distinct[n] for n in generator.integers(0, len(distinct), 400)]
+    blocks = [np.frombuffer(b"".join(drawn[first : first + 130]), "V16") for first in range(0, 400, 130)]
+    user_E, user_key_U = numbered(blocks)
+    assert not blocks
+    names = sorted(set(drawn))
+    assert [key.tobytes() for key in user_key_U] == names
+    assert user_E.tolist() == [names.index(key) for key in drawn]
+    nobody_E, nobody_U = numbered([])
+    assert (len(nobody_E), len(nobody_U)) == (0, 0)
 
 
 @given(

@@ -46,9 +46,9 @@ SIMILARITY, TRANSITION, CONTENT = "similarity", "transition", "content"
 POPULARITY, REPEAT = "popularity", "repeat"
 FEATURES = (SEQUENCE, FORWARD, BACKWARD, SIMILARITY, TRANSITION, CONTENT, POPULARITY, REPEAT)
 DEFAULT_WEIGHTS = {SEQUENCE: 1.0, FORWARD: 0.7}
-# Of a log that is too thin to learn from: popularity, and what was seen to follow. Once seen to follow makes an item
-# (1 + scale)^2 = 36 times as likely as its popularity says: of a few followers each is one in a few.
-CAUTIOUS, CAUTIOUS_WEIGHTS = "popularity with counts", {POPULARITY: 1.0, FORWARD: 2.0}
+# Of a log that is too thin to learn from: popularity, and what was seen to follow or to go before, as order tells little of so few.
+# Once seen makes an item (1 + scale)^2 = 36 times as likely as its popularity says: of a few neighbours each is one in a few.
+CAUTIOUS, CAUTIOUS_WEIGHTS = "popularity with counts", {POPULARITY: 1.0, FORWARD: 2.0, BACKWARD: 2.0}
 _NEVER_NEGATIVE = (SEQUENCE, FORWARD)
 
 SCALE, QUERY_DECAY, WINDOW = 5.0, float(np.exp(-0.5)), 50

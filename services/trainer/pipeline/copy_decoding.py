@@ -57,13 +57,13 @@ class RowBlock:
     """Some rows as columns.
 
     Attributes:
-        user: dictionary of 16-byte user keys, int32 indices, (E,).
+        user_key_E: 16-byte user keys, V16, (E,).
         item: dictionary of item ids, int32 indices, (E,).
         event: 16-byte event keys where they were asked for.
         kind_E: int16. time_E: microseconds since 1970, int64. line_E: int16.
     """
 
-    user: pa.DictionaryArray
+    user_key_E: npt.NDArray[np.void]
     item: pa.DictionaryArray
     kind_E: npt.NDArray[np.int16]
     time_E: npt.NDArray[np.int64]
@@ -183,18 +183,36 @@ def _block(content_B: npt.NDArray[np.uint8], start_E: npt.NDArray[np.int64], lay
     )
     items = laid_out.take(pa.array(2 * np.arange(count, dtype=np.int32)))
     return RowBlock(
-        _keys(head_E["user_key"]).dictionary_encode(),
+        np.ascontiguousarray(head_E["user_key"]),
         items.dictionary_encode(),
         head_E["kind"].astype(np.int16),
         head_E["occurred_at"].astype(np.int64) + _EPOCH_MICROSECONDS,
         head_E["line"].astype(np.int16),
-        _keys(head_E["event_key"]) if "event_key" in (layout.head.names or ()) else None,
+        arrow_keys(head_E["event_key"]) if "event_key" in (layout.head.names or ()) else None,
     )
 
 
-def _keys(key_E: npt.NDArray[np.void]) -> pa.Array:
+def arrow_keys(key_E: npt.NDArray[np.void]) -> pa.Array:
+    """Returns 16-byte keys for Arrow."""
     content = pa.py_buffer(np.ascontiguousarray(key_E))
     return pa.Array.from_buffers(pa.binary(16), len(key_E), [None, content])
+
+
+def numbered(keys: list[npt.NDArray[np.void]]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.void]]:
+    """Returns (the number of each key, (E,), the distinct keys in byte order, (U,)) of 16-byte keys; empties the list.
+
+    Once for all blocks: of so many people a block holds most but once, so that dictionaries of blocks would save nothing.
+    """
+    together = arrow_keys(np.concatenate(keys)) if keys else pa.array([], pa.binary(16))
+    keys.clear()
+    encoded = together.dictionary_encode()
+    first, count = encoded.dictionary.offset, len(encoded.dictionary)
+    distinct_U = np.frombuffer(encoded.dictionary.buffers()[1] or b"", "V16")[first : first + count]
+    high_U, low_U = distinct_U.view(">u8").reshape(-1, 2).T.astype(np.uint64)
+    order = np.lexsort((low_U, high_U))
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count)
+    return rank[encoded.indices.to_numpy()], distinct_U[order]
 
 
 def unified(blocks: list[Any], kind: pa.DataType) -> tuple[npt.NDArray[np.int32], pa.Array]:

@@ -26,6 +26,7 @@ from services.trainer.pipeline.copy_decoding import (
     CopyDecoder,
     RowBlock,
     RowLayout,
+    numbered,
     unified,
 )
 from services.trainer.pipeline.dataset import EventColumns
@@ -161,16 +162,16 @@ async def copy_out(
 
 def columns_of(blocks: list[RowBlock], watermark: bytes) -> KeyedEvents:
     """Returns the blocks as columns; empties the list, so that no event is held twice for long."""
-    users, items = [block.user for block in blocks], [block.item for block in blocks]
+    users, items = [block.user_key_E for block in blocks], [block.item for block in blocks]
     numbers = [(block.kind_E, block.time_E, block.line_E) for block in blocks]
     blocks.clear()
-    user_E, user_keys = unified(users, pa.binary(16))
+    user_E, user_key_U = numbered(users)
     item_E, item_ids = unified(items, pa.string())
     kinds, times, lines = zip(*numbers, strict=True) if numbers else ((), (), ())
     nothing: list[npt.NDArray[Any]] = [np.zeros(0, np.int64)]
     found = KeyedEvents(
         EventColumns(
-            user_E=user_E.astype(np.int64),
+            user_E=user_E,
             item_E=item_E,
             kind_E=np.concatenate(kinds or nothing).astype(np.int32),
             time_E=np.concatenate(times or nothing).astype(np.int64),
@@ -178,9 +179,9 @@ def columns_of(blocks: list[RowBlock], watermark: bytes) -> KeyedEvents:
             item_ids=item_ids.to_pylist(),
             watermark=watermark,
         ),
-        np.frombuffer(b"".join(user_keys.to_pylist()), "V16"),
+        user_key_U,
     )
-    del user_keys, item_ids
+    del item_ids
     # Arrow keeps what it freed, for the next of its own; training is not that.
     pa.default_memory_pool().release_unused()
     return found

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from services.trainer.pipeline.copy_decoding import WITH_EVENT_KEY, RowBlock, unified
+from services.trainer.pipeline.copy_decoding import WITH_EVENT_KEY, RowBlock, arrow_keys, unified
 from services.trainer.pipeline.dataset import EventColumns
 from services.trainer.pipeline.log_reader import copy_out, one_snapshot
 from services.trainer.pipeline.snapshot_files import (
@@ -197,7 +197,7 @@ def _table(blocks: list[RowBlock]) -> pa.Table:
         table_of(
             {
                 "event_key": block.event,
-                "user_key": block.user.dictionary_decode(),
+                "user_key": arrow_keys(block.user_key_E),
                 "item_id": block.item.dictionary_decode(),
                 "kind": block.kind_E,
                 "time": block.time_E,

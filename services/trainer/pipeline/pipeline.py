@@ -179,6 +179,8 @@ def train_model(
         remaining_seconds=progress.seconds_left_refitting(passes, True),
     )
     passes_after = refit_with(histories, 1, "every event", True)
+    if plan.refit:
+        model.end_training()
     report(
         "EXPORTING",
         "Converting the encoder and comparing it with training.",

@@ -11,7 +11,6 @@ drawn alike for all tokens, a token's own targets left out, or are the whole cat
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +33,9 @@ _INITIAL_STDDEV = 0.02
 AVERAGING_STEPS = 8
 _AVERAGING_KEEP = 0.99**AVERAGING_STEPS
 _AVERAGING_PASSES = 3
+
+
+_ROWS_AT_ONCE = 16_384
 
 
 class SequenceModel:
@@ -76,6 +78,8 @@ class SequenceModel:
             for v in [*self._tables, *self.dense]
         ]
         self._averages = [tf.Variable(v) for v in [*self._tables, *self.dense]]
+        # What is read from outside: the trained tables, or for a while their averages.
+        self._read_tables = self._tables
         self._average_step = tf.function(
             self._average_eagerly, input_signature=[tf.TensorSpec((), tf.float32)], autograph=False
         )
@@ -91,7 +95,7 @@ class SequenceModel:
         self._steps: dict[int, Callable[..., tuple[tf.Tensor, tf.Tensor]]] = {}
         self._encode_rows = tf.function(
             self._encode_rows_eagerly,
-            input_signature=[token, token, token, tf.TensorSpec((item_count, width), tf.float32)],
+            input_signature=[tf.TensorSpec((rows, length, width), tf.float32), token, token],
             autograph=False,
         )
 
@@ -211,45 +215,51 @@ class SequenceModel:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model within has the averaged weights, after it the trained ones again."""
-        self._swap()
+        """Whoever reads the model within (`item_vectors`, `encode`, `weights`) reads the averaged weights, after it the trained ones."""
+        # The tables are read where they lie: of a large catalogue a copy is a tenth of the memory.
+        self._swap_dense()
+        self._read_tables = self._averages[: len(self._tables)]
         try:
             yield
         finally:
-            self._swap()
+            self._read_tables = self._tables
+            self._swap_dense()
 
-    def _swap(self) -> None:
-        for average, variable in zip(self._averages, [*self._tables, *self.dense], strict=True):
+    def _swap_dense(self) -> None:
+        for average, variable in zip(self._averages[len(self._tables) :], self.dense, strict=True):
             trained = variable.numpy().copy()
             variable.assign(average)
             average.assign(trained)
 
     def end_training(self) -> None:
         """Gives back what only training needs: three times the tables. Afterwards the model can be read alone."""
+        nothing = tf.zeros([0], tf.float32)
+        for variable in [*(moment for pair in self._moments for moment in pair), *self._averages]:
+            # TensorFlow keeps graphs, and these the variable: what it holds is taken from it. Its allocator may keep that for itself.
+            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=nothing)
         self._moments, self._averages = [], []
-        # The graphs hold what they have captured, in circles.
         self._steps.clear()
-        del self._average_step
-        gc.collect()
 
     # ---- reading it
 
     def item_vectors(self) -> Float32:
         """Returns the vectors of every item, (I, D)."""
-        vectors_ID = self.id_table.numpy().copy()
+        identity, attribute = self._read_tables
+        vectors_ID = identity.numpy().copy()
         if self.has_attributes:
-            table, places = self.attribute_table.numpy(), self.attribute_IP.numpy()
+            table, places = attribute.numpy(), self.attribute_IP.numpy()
             weights = self.attribute_weight_IP.numpy()
-            for place in range(places.shape[1]):
-                vectors_ID += weights[:, place, None] * table[places[:, place]]
+            for first in range(0, len(places), _ROWS_AT_ONCE):
+                rows = slice(first, first + _ROWS_AT_ONCE)
+                for place in range(places.shape[1]):
+                    vectors_ID[rows] += weights[rows, place, None] * table[places[rows, place]]
         if self._content_IC is not None:
             vectors_ID += self._content_IC @ self.projection.numpy()
         return vectors_ID
 
     def _encode_rows_eagerly(
-        self, item_BT: tf.Tensor, kind_BT: tf.Tensor, segment_BT: tf.Tensor, vectors_ID: tf.Tensor
+        self, vectors_BTD: tf.Tensor, kind_BT: tf.Tensor, segment_BT: tf.Tensor
     ) -> tf.Tensor:
-        vectors_BTD = tf.gather(vectors_ID, item_BT)
         return self.encoder(vectors_BTD, kind_BT, allowed_within_segments(segment_BT))
 
     def encode(self, histories: Histories, held_out: HeldOut) -> Float32:
@@ -257,7 +267,7 @@ class SequenceModel:
         query_BD = np.zeros((len(held_out), self.size.dimension), np.float32)
         with_history = np.flatnonzero(held_out.prefix_B > 0)
         packed = pack_for_encoding(histories, held_out.take(with_history), self.size.max_history)
-        vectors_ID = tf.constant(self.item_vectors())
+        vectors_ID = self.item_vectors()
         rows, length = self.size.rows_per_step, self.size.max_history
         # Of each batch only the answers are kept: all tokens of a large log would be gigabytes.
         order_S = np.argsort(packed.last_S, kind="stable")
@@ -265,7 +275,10 @@ class SequenceModel:
         for number, batch in enumerate(_batches(packed, rows)):
             first = number * rows * length
             here = slice(*np.searchsorted(last_S, [first, first + rows * length]))
-            query_ND = self._encode_rows(*(fixed(part, rows) for part in batch), vectors_ID).numpy()
+            item_BT, kind_BT, segment_BT = (fixed(part, rows) for part in batch)
+            query_ND = self._encode_rows(
+                tf.constant(vectors_ID[item_BT.numpy()]), kind_BT, segment_BT
+            ).numpy()
             query_BD[with_history[order_S[here]]] = query_ND.reshape(-1, query_BD.shape[1])[
                 last_S[here] - first
             ]
@@ -273,7 +286,7 @@ class SequenceModel:
 
     def weights(self) -> list[Float32]:
         """Returns a copy of everything that is learned."""
-        return [variable.numpy().copy() for variable in [*self._tables, *self.dense]]
+        return [variable.numpy().copy() for variable in [*self._read_tables, *self.dense]]
 
     def set_weights(self, weights: list[Float32]) -> None:
         """Restores what `weights` returned."""
