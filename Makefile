@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -59,6 +59,9 @@ verify-bundles: $(INSTALLED)  ## 10,000 mutated bundles, none of them loaded
 
 bench-new-items: $(INSTALLED)  ## How long until a new item is a candidate, and a withdrawn one gone
 	python -m tests.benchmarks.bench_new_items
+
+bench-diversity: $(INSTALLED)  ## What MMR and DPP cost and bring on real histories (DATA=DIR)
+	@$(if $(DATA),,$(error say DATA=DIR, a directory with sequences.txt))python -m tests.benchmarks.bench_diversity --data $(DATA)
 
 bench-freshness: $(INSTALLED)  ## How long until what a shopper did changes what they are shown
 	python -m tests.benchmarks.bench_freshness

@@ -351,7 +351,8 @@ class Reason(_message.Message):
     """
     contribution: _builtins.float
     """What the reason adds to the item's score, in the score's own unit: the
-    difference when it is taken away. For `KIND_POPULAR` and `KIND_TRENDING` the
+    difference when it is taken away; where the event is counted (`KIND_BECAUSE_…`),
+    with the others at their ages. For `KIND_POPULAR` and `KIND_TRENDING` the
     count itself; for `KIND_POPULAR` beside a segment, what it adds as its prior.
     """
     rule_id: _builtins.str
