@@ -4,11 +4,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+TOOLS := .tools
+export PATH := $(CURDIR)/$(BIN):$(CURDIR)/$(TOOLS)/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration judge protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -34,8 +35,11 @@ lint: $(INSTALLED)  ## Style of the code and of the contract
 types: $(INSTALLED)  ## Static types
 	mypy
 
-unit: $(INSTALLED)  ## All tests but the ones that need the whole suite
+unit: $(INSTALLED) $(TOOLS)/.tried  ## All tests but the ones that need the whole suite
 	pytest -q -n 2 --dist loadfile --ignore tests/integration
+
+$(TOOLS)/.tried: deploy/tools.sh
+	@mkdir -p $(TOOLS) && ./deploy/tools.sh $(TOOLS) && touch $@
 
 integration: $(INSTALLED)  ## The four processes together
 	pytest -q tests/integration
@@ -139,10 +143,18 @@ test-compose: $(INSTALLED)  ## The suite in real containers: paused, killed, cut
 	SHOPKEEPER_COMPOSE=1 pytest -q -rA --timeout 1800 tests/compose
 
 DEPLOY := .venv-deploy
-verify-deploy: $(INSTALLED)  ## Judge deploy/ and the Dockerfiles: schemas, checkov, hadolint, promtool
-	@test -x $(DEPLOY)/bin/checkov || ($(PYTHON) -m venv $(DEPLOY) && $(DEPLOY)/bin/pip install --quiet --require-hashes -r requirements/deploy.txt)
+# Their own environment: their dependencies are not the suite's.
+$(DEPLOY)/.installed: requirements/deploy.txt
+	@$(PYTHON) -m venv --clear $(DEPLOY) && $(DEPLOY)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/deploy.txt && touch $@ \
+	  || echo "checkov, kubernetes-validate and hadolint cannot be installed here." >&2
+
+judge: $(INSTALLED) $(DEPLOY)/.installed $(TOOLS)/.tried  ## Judge deploy/ and the Dockerfiles: schemas, checkov, hadolint, promtool
+	@if ! test -e $(DEPLOY)/.installed; then echo "What is deployed was NOT judged: the tools are missing." >&2; \
+	  elif ! command -v kubectl > /dev/null; then echo "What is deployed was NOT judged: kubectl is not installed." >&2; \
+	  else ./deploy/verify.sh $(DEPLOY)/bin; fi
+
+verify-deploy: judge  ## What `judge` does, and the tests of deploy/
 	pytest -q tests/deploy
-	./deploy/verify.sh $(DEPLOY)/bin
 
 drill: $(INSTALLED)  ## Lose the disk, restore, to the backup and to a moment, erase the erased again, serve
 	pytest -q -s tests/deploy/test_restore.py tests/deploy/test_point_in_time.py
@@ -151,4 +163,4 @@ release: $(INSTALLED)  ## Wheel, bills of materials, licences, changelog and ima
 	@$(if $(VERSION),,$(error say VERSION=))./deploy/release.sh $(VERSION)
 
 clean:  ## Remove what was made, but not the data of a running suite
-	rm -rf $(VENV) $(DEPLOY) $(PEERS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo
+	rm -rf $(VENV) $(DEPLOY) $(PEERS) $(TOOLS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .shopkeeper-demo

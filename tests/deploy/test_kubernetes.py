@@ -247,3 +247,12 @@ def test_the_network_lets_through_what_the_policy_lets_through() -> None:
                 if target in SERVICES and name:
                     by_network.add((names.get(name, name), target))
     assert by_network == by_policy
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_secret_is_an_environment_variable(target: str) -> None:
+    for name, pod in workloads(target):
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert not [each for each in container.get("envFrom", []) if "secretRef" in each], name
+            asked = [each.get("valueFrom", {}) for each in container.get("env", [])]
+            assert not [each for each in asked if "secretKeyRef" in each], name
