@@ -16,7 +16,13 @@ import psutil
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
-from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc
+from shopkeeper.profile.v1 import (
+    catalog_service_pb2,
+    catalog_service_pb2_grpc,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+    segment_pb2,
+)
 from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 
@@ -176,6 +182,27 @@ def test_a_new_item_is_a_candidate_by_what_it_is(suite: Suite) -> None:
     eventually(lambda: "tea-9" in ids(suite.recommend_to("fay")))
     write("tea-9", withdrawn=True)
     eventually(lambda: "tea-9" not in similar("tea-1") and "tea-9" not in ids(suite.recommend_to("fay")))
+
+
+def test_a_new_person_gets_what_is_popular_in_their_segment(suite: Suite) -> None:
+    """A segment that is created at profile, events at feedback, and the answer to somebody who has done nothing."""
+    profiles = profile_service_pb2_grpc.ProfileServiceStub(suite.channels[1])
+    segment = segment_pb2.Segment(segment_id="lookers", filter="rfm.order_count = 0")
+    profiles.CreateSegment(profile_service_pb2.CreateSegmentRequest(segment=segment), timeout=20)
+
+    def segments_of_a_stranger() -> list[str]:
+        request = profile_service_pb2.GetProfileRequest(
+            user_id="gus", view=profile_service_pb2.PROFILE_VIEW_LIVE
+        )
+        return list(profiles.GetProfile(request, timeout=20).live.summary.segment_ids)
+
+    eventually(lambda: segments_of_a_stranger() == ["lookers"], 20.0)
+    assert ids(suite.recommend_to("hal", page_size=1)) == ["tea-1"]
+    for number in range(60):
+        suite.view(f"looker-{number}", "hat")
+    eventually(lambda: ids(suite.recommend_to("ian", page_size=1)) == ["hat"])
+    reason = suite.recommend_to("jon", include_explanations=True).items[0].reasons[0]
+    assert (reason.text, reason.segment_id) == ("Popular in lookers", "lookers")
 
 
 def test_a_forgotten_shopper_is_a_stranger(suite: Suite) -> None:
