@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import psycopg
 import pytest
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 
@@ -74,6 +75,51 @@ def test_every_kind_is_stored_and_seen_by_readers(shop: Shop) -> None:
     assert (6, 0, "lamp", 2.0, 9_990_000, "EUR", None) in rows
     assert (6, 1, 'so"f\\a, {x}', 1.0, 0, "EUR", None) in rows
     assert (3, 0, "a", None, 1, "EUR", 3.5) in rows
+
+
+LINE = event_pb2.OrderLine(item_id="a")
+# The least that each kind says, and what of it is required: the table of docs/feedback.md.
+LEAST: dict[str, tuple[Message, dict[str, str]]] = {
+    "search": (event_pb2.Search(query="lamp"), {"query": "query"}),
+    "page_view": (event_pb2.PageView(), {}),
+    "item_view": (event_pb2.ItemView(item_id="a"), {"item_id": "item_id"}),
+    "add_to_cart": (event_pb2.AddToCart(item_id="a"), {"item_id": "item_id"}),
+    "remove_from_cart": (event_pb2.RemoveFromCart(item_id="a"), {"item_id": "item_id"}),
+    "purchase": (event_pb2.Purchase(lines=[LINE]), {"lines": "lines"}),
+    "item_return": (event_pb2.ItemReturn(lines=[LINE]), {"lines": "lines"}),
+    "rating": (event_pb2.Rating(item_id="a", stars=4), {"item_id": "item_id", "stars": "stars"}),
+    "review": (event_pb2.Review(item_id="a", text="fine"), {"item_id": "item_id", "text": "text"}),
+    "wish_list": (event_pb2.WishList(item_id="a"), {"item_id": "item_id"}),
+    "share": (event_pb2.Share(item_id="a"), {"item_id": "item_id"}),
+    "recommendation_click": (event_pb2.RecommendationClick(item_id="a"), {"item_id": "item_id"}),
+    "ad_impression": (event_pb2.AdImpression(campaign_id="c"), {"campaign_id": "campaign_id"}),
+    "ad_click": (event_pb2.AdClick(campaign_id="c"), {"campaign_id": "campaign_id"}),
+    "support_question": (event_pb2.SupportQuestion(text="where?"), {"text": "text"}),
+    "support_verdict": (
+        event_pb2.SupportVerdict(answer_id="a", helpful=False),
+        {"answer_id": "answer_id", "helpful": "helpful"},
+    ),
+    # One of the two answers; without either the first is asked for.
+    "survey": (event_pb2.Survey(nps=0), {"nps": "csat"}),
+}
+
+
+def test_each_kind_is_stored_with_the_least_it_needs_and_refused_without_any_of_it(shop: Shop) -> None:
+    assert set(LEAST) == {field.name for field in event_pb2.Event.DESCRIPTOR.oneofs_by_name["detail"].fields}
+    for kind, (least, required) in LEAST.items():
+        events, paths = [event(**{kind: least})], []
+        for field, named in required.items():
+            lacking = type(least)()
+            lacking.CopyFrom(least)
+            lacking.ClearField(field)
+            events.append(event(**{kind: lacking}))
+            paths.append(f"events[{len(paths) + 1}].{kind}.{named}")
+        whole, *refused = shop.record(*events).results
+        assert whole.status == STORED, (kind, whole.message)
+        assert [result.status for result in refused] == [REJECTED] * len(required), kind
+        assert {result.reason for result in refused} <= {event_pb2.EVENT_REASON_REQUIRED}
+        assert [result.field for result in refused] == paths
+    assert shop.count() == len(LEAST) == 17
 
 
 def test_a_retry_is_a_duplicate(shop: Shop) -> None:
