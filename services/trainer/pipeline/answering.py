@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
-# Scores held at once: 64 MB, and as much again for one of the terms. Every chunk reads the vectors of all items.
-_SCORES = 16_000_000
+# Scores held at once: 32 MB, and as much again for one of the terms. Every chunk reads the vectors of all items.
+_SCORES = 8_000_000
 # From so many items on, the best are looked for among the blocks with the largest maxima.
 _BLOCKED_ITEMS, _BLOCK = 4_096, 64
 
