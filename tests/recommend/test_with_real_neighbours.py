@@ -307,7 +307,12 @@ def test_every_call_is_answered_while_the_process_of_postgres_fails(
         if number is signal.SIGKILL:
             database.start_again()
         # The way back needs nobody's help.
-        eventually(lambda: is_recorded(suite, "ann", "shoe-1"), 30.0)
-        eventually(lambda: suite.recommend_to("ann").freshness.events_used >= 2, 30.0)
+        eventually(lambda: is_recorded(suite, "ann", "shoe-1"), 90.0)
+
+        def sees_a_later_event() -> bool:
+            suite.view("ann", "shoe-2")
+            return suite.recommend_to("ann").freshness.events_used >= 2
+
+        eventually(sees_a_later_event, 60.0)
     finally:
         suite.close()
