@@ -8,7 +8,8 @@ tail (`long_tail`). Leave one out, full ranking, items seen before left out; at 
     counts       what a private run serves by default: noisy counts, noisy popularity, the catalogue's likeness
     popularity   the noisy popularity alone
     catalogue    likeness alone, which needs nobody's data: epsilon 0
-    gradients    DP-Adam (with --gradients; one seed, and no more people than --gradient-people)
+    gradients    DP-Adam (with --gradients; no more people than --gradient-people). On the same people, test and delta; the people who
+                 choose a weight for counts have nothing to choose here and teach too, as they do in a private run.
 
 Each line printed is a measurement; the last line is JSON: "measurements", "environment", CPU and wall seconds.
 """
@@ -65,7 +66,7 @@ class Population:
         chooses_U = np.random.default_rng(0).random(before.user_count) < CHOICE_SHARE
         self.training = take_people(before, np.flatnonzero(~chooses_U))
         self.choosing = take_people(before, np.flatnonzero(chooses_U))
-        self.people = before.user_count
+        self.before, self.people = before, before.user_count
         self.attributes = encode_attributes(histories.item_ids, attributes_of)
         held = hold_out(histories, 1, exclude_seen=True)
         self.test = take_people(histories, held.user_B[sample_rows(len(held), _MEASURED, 0)])
@@ -151,11 +152,12 @@ def _empty(shares: Any) -> Any:
     )
 
 
-def measure_gradients(population: Population, delta: float) -> Iterator[dict[str, Any]]:
-    """Yields a measurement of DP-Adam for each epsilon."""
+def measure_gradients(population: Population, delta: float, seeds: int) -> Iterator[dict[str, Any]]:
+    """Yields a measurement of DP-Adam for each epsilon and seed of sampling and noise."""
     from services.trainer.privacy import gradients
 
-    for epsilon in EPSILONS:
+    everyone = population.before
+    for seed, epsilon in ((s, e) for s in range(seeds) for e in EPSILONS):
         started = time.process_time()
         release = GaussianRelease(1.0, gradients.SAMPLING_RATE, gradients.STEPS)
         noise = 0.0
@@ -163,13 +165,13 @@ def measure_gradients(population: Population, delta: float) -> Iterator[dict[str
             release = noise_for(epsilon, delta, gradients.SAMPLING_RATE, gradients.STEPS)
             noise = release.noise_multiplier
         model = gradients.train_gradients(
-            population.training, population.attributes_of, release, _CLIP, SecureRandom(key_of(0)),
+            everyone, population.attributes_of, release, _CLIP, SecureRandom(key_of(seed)),
             1 / gradients.SAMPLING_RATE, noise=noise,
         )  # fmt: skip
         served = gradients.contestants_of(model)
         yield {
             "contestant": "gradients", "epsilon": epsilon, "delta": delta if epsilon is not None else None,
-            "noise_multiplier": noise, "seed": 0, "train_cpu_seconds": round(time.process_time() - started, 1),
+            "noise_multiplier": noise, "seed": seed, "train_cpu_seconds": round(time.process_time() - started, 1),
             **population.measure(served, model.encode(population.test, population.held)),
         }  # fmt: skip
 
@@ -235,14 +237,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--gradient-people", type=int, default=100_000)
+    parser.add_argument("--gradient-seeds", type=int, help="fewer than of the counts, which cost less")
+    parser.add_argument("--counts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument(
+        "--measured", type=Path, nargs="*", default=[], help="last lines of earlier runs, drawn too"
+    )
     arguments = parser.parse_args()
     deltas = [float(delta) for delta in arguments.deltas.split(",")]
     wall, cpu = time.monotonic(), time.process_time()
     measurements: list[dict[str, Any]] = []
+    for path in arguments.measured:
+        measurements += json.loads(path.read_text().splitlines()[-1])["measurements"]
 
     def populations() -> Iterator[Population]:
-        if (arguments.beauty / "sequences.txt").exists():
+        if str(arguments.beauty) == "none":
+            pass
+        elif (arguments.beauty / "sequences.txt").exists():
             yield read_beauty(arguments.beauty)
         else:
             print(
@@ -255,9 +266,11 @@ def main() -> None:
 
     for population in populations():
         people, items = population.people, population.training.item_count
-        found = [measure_counts(population, deltas, arguments.seeds)]
+        found = [measure_counts(population, deltas, arguments.seeds)] if arguments.counts else []
         if arguments.gradients and people <= arguments.gradient_people:
-            found.append(measure_gradients(population, deltas[0]))
+            found.append(
+                measure_gradients(population, deltas[0], arguments.gradient_seeds or arguments.seeds)
+            )
         for measurement in (m for part in found for m in part):
             label = population.name if "SIM" not in population.name else f"{population.name}, {people:,}"
             line = {"population": label, "people": people, "items": items, **measurement}

@@ -63,6 +63,10 @@ def test_a_private_run_publishes_noisy_numbers_alone_and_is_charged_once(
     assert "1500" not in told
     assert "1,500" not in told
     manifest = json.loads((directory / "manifest.json").read_text())
+    # It has no second stage, and says why.
+    assert manifest["ranker"]["served"] is False
+    assert "budget" in manifest["ranker"]["why_not"]
+    assert f"**None: {manifest['ranker']['why_not']}.**" in version.card
     assert manifest["data"]["events"] == 0
     assert manifest["data"]["watermark"] == ""
     assert manifest["data"]["first_event_at"] == manifest["data"]["last_event_at"]

@@ -16,6 +16,7 @@ import psycopg
 
 from services.trainer.pipeline.dataset import EventColumns
 from services.trainer.pipeline.plan import Plan, TrainedModel
+from services.trainer.privacy.training import PrivateModel
 from services.trainer.ranker import card
 from services.trainer.ranker.build import MIN_CLICKS, MIN_IMPRESSIONS, JudgedRanker, build_ranker
 from services.trainer.ranker.examples import make_examples
@@ -32,6 +33,10 @@ _MOST_PAGES = 30_000
 # Pages times items that are scored: half a minute.
 _MOST_CELLS = 1_000_000_000
 _VERSIONS_LOOKED_AT = 5
+_WHY_NOT_PRIVATELY = (
+    "a private run teaches none, since what people answered to what they were shown would be told once more, and would "
+    "have to be charged to the budget"
+)
 
 
 def add_second_stage(
@@ -63,6 +68,13 @@ def add_second_stage(
     trained.manifest_fields["ranker"] = described
     words = f"leads by {judged.lead.value:+.4f} a page" if judged.served else f"none, {judged.why_not}"
     work.report("EVALUATING", f"Second stage: {words}.")
+
+
+def say_why_none(trained: PrivateModel) -> None:
+    """Says in manifest and card why a private version has no ranker."""
+    judged = JudgedRanker(None, False, _WHY_NOT_PRIVATELY)
+    trained.attachments["card.md"] = card.with_section(trained.attachments["card.md"], judged)
+    trained.manifest_fields["ranker"] = judged.describe()
 
 
 def _judged(

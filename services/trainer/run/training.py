@@ -18,7 +18,7 @@ from services.trainer.privacy.accounting import epsilon_of_ledger
 from services.trainer.privacy.ledger import PostgresPrivacyLedger
 from services.trainer.privacy.training import PrivateModel, train_privately
 from services.trainer.run.heart import Heart
-from services.trainer.run.second_stage import add_second_stage
+from services.trainer.run.second_stage import add_second_stage, say_why_none
 from services.trainer.run.work import Work, code_version, plan_of
 from services.trainer.storage import PublishingLease
 from shared.bundle import Bundle, Registry, load_bundle, write_bundle
@@ -62,6 +62,7 @@ def train(work: Work) -> None:
                 should_stop=work.heart.should_stop,
                 code_version=code_version(),
             )
+            say_why_none(trained)
         else:
             content, of_content = work.read_item_vectors()
             work.report(
