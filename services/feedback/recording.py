@@ -11,15 +11,16 @@ import queue
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from prometheus_client import Counter
 
 from services.feedback.converters.events import EventReader
 from services.feedback.converters.results import to_record_events_responses
-from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, RowStatus
+from services.feedback.domain.events import Appended, ReadBatch, RecordedBatch, RowStatus, settled
 from services.feedback.ports import Unstorable
-from services.feedback.use_cases import PendingBatch, RecordEvents
+from services.feedback.use_cases import RecordEvents
 from shared.deferred_calls import DeferredCall
 from shared.errors import Unavailable
 from shared.event_kinds import EventKind
@@ -109,20 +110,22 @@ class Recorder:
             _fail(calls, error)
             return
         if pending.appended is None:
-            self._answer(calls, pending, None)
+            self._answer(calls, batch, None)
         else:
-            pending.appended.add_done_callback(lambda appended: self._answer(calls, pending, appended))
+            # Not `pending`, which holds the future: a circle a commit, with all its calls in it, is left to the
+            # garbage collector, and that stops everything for a tenth of a second.
+            pending.appended.add_done_callback(partial(self._answer, calls, batch))
 
     def _answer(
-        self, calls: Sequence[DeferredCall], pending: PendingBatch, appended: Future[Appended] | None
+        self, calls: Sequence[DeferredCall], batch: ReadBatch, appended: Future[Appended] | None
     ) -> None:
         try:
             if appended is not None and (error := appended.exception()) is not None:
                 self._failed(calls, error)
                 return
-            recorded = pending.wait(0)
-            count(pending.batch, recorded)
-            responses = to_record_events_responses(recorded, pending.batch.starts, self._signer)
+            recorded = settled(batch, None if appended is None else appended.result())
+            count(batch, recorded)
+            responses = to_record_events_responses(recorded, batch.starts, self._signer)
             for call, response in zip(calls, responses, strict=True):
                 call.answer(response)
         except Exception as error:
