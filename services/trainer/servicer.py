@@ -194,7 +194,7 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
         run = self._runs.evaluate(
             check_name(request.model, "model", DEFAULT_MODEL),
             check_name(request.version, "version", PRODUCTION),
-            converters.evaluation_from_proto(request.evaluation, request.window),
+            converters.evaluation_from_proto(request),
             converters.request_id(request.request_id),
         )
         return converters.run_to_proto(run)

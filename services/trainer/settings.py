@@ -79,6 +79,11 @@ def directory_of(home: Path, run_id: str) -> Path:
     return home.resolve() / "runs" / run_id
 
 
+def catalogues_of(home: Path) -> Path:
+    """Returns the directory of catalogues as runs read them."""
+    return home.resolve() / "catalogues"
+
+
 def snapshots_of(home: Path) -> Path:
     """Returns the directory of the log's day files."""
     return home.resolve() / "snapshots"

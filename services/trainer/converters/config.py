@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC
 
-from shopkeeper.trainer.v1 import training_run_pb2
+from shopkeeper.trainer.v1 import trainer_service_pb2, training_run_pb2
 
 from services.trainer.converters.checks import Violations
+from services.trainer.converters.data_snapshots import snapshot_from_proto, snapshot_to_proto
 from services.trainer.converters.privacy import privacy_from_proto, privacy_to_proto
 from services.trainer.converters.times import time_of
 from services.trainer.domain.runs import (
@@ -63,6 +64,11 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         "config.initial_version",
         "must be empty with differential_privacy: weights that learned without it would tell what it hides.",
     )
+    snapshot = (
+        snapshot_from_proto(message.data_snapshot, violations, "config.data_snapshot")
+        if message.HasField("data_snapshot")
+        else None
+    )
     violations.raise_any()
     return TrainingConfig(
         size=_SIZES[message.size],
@@ -78,18 +84,22 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
         max_memory_bytes=message.max_memory_bytes,
         differential_privacy=private,
         initial_version=message.initial_version,
+        data_snapshot=snapshot,
     )
 
 
-def evaluation_from_proto(
-    evaluation: training_run_pb2.EvaluationConfig, window: training_run_pb2.DataWindow
-) -> TrainingConfig:
+def evaluation_from_proto(request: trainer_service_pb2.EvaluateModelRequest) -> TrainingConfig:
     """Returns what an evaluation measures with, every default filled in. Raises InvalidInput."""
     violations = Violations()
-    read = _window(window, violations, "window")
-    measured = _evaluation(evaluation, violations, "evaluation")
+    read = _window(request.window, violations, "window")
+    measured = _evaluation(request.evaluation, violations, "evaluation")
+    snapshot = (
+        snapshot_from_proto(request.data_snapshot, violations, "data_snapshot")
+        if request.HasField("data_snapshot")
+        else None
+    )
     violations.raise_any()
-    return TrainingConfig(window=read, evaluation=measured, promote=False)
+    return TrainingConfig(window=read, evaluation=measured, promote=False, data_snapshot=snapshot)
 
 
 def _rounded(value: float) -> float | int:
@@ -188,4 +198,5 @@ def config_to_proto(config: TrainingConfig) -> training_run_pb2.TrainingConfig:
         max_memory_bytes=config.max_memory_bytes,
         differential_privacy=privacy_to_proto(config.differential_privacy),
         initial_version=config.initial_version,
+        data_snapshot=snapshot_to_proto(config.data_snapshot) if config.data_snapshot else None,
     )

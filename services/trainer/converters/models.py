@@ -8,9 +8,10 @@ from typing import Any
 
 from shopkeeper.trainer.v1 import model_pb2
 
+from services.trainer.converters.data_snapshots import snapshot_to_proto
 from services.trainer.converters.privacy import guarantee_to_proto
 from services.trainer.converters.times import time_of
-from services.trainer.domain.runs import Alias, Model, ModelVersion
+from services.trainer.domain.runs import Alias, DataSnapshot, Model, ModelVersion
 
 
 def model_to_proto(model: Model) -> model_pb2.Model:
@@ -76,6 +77,10 @@ def version_to_proto(version: ModelVersion) -> model_pb2.ModelVersion:
     )
     if manifest.get("privacy"):
         message.privacy.CopyFrom(guarantee_to_proto(manifest["privacy"]))
+    if data.get("snapshot"):
+        watermark = bytes.fromhex(data.get("watermark", "")).decode()
+        snapshot = DataSnapshot(data["snapshot"], data.get("catalogue", ""), watermark)
+        message.data.data_snapshot.CopyFrom(snapshot_to_proto(snapshot))
     if data.get("first_event_at"):
         message.data.first_event_time.CopyFrom(time_of(data["first_event_at"]))
         message.data.last_event_time.CopyFrom(time_of(data["last_event_at"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from shopkeeper.trainer.v1 import model_pb2, training_run_pb2
 
 from services.trainer.converters.config import config_to_proto
+from services.trainer.converters.data_snapshots import snapshot_to_proto
 from services.trainer.converters.models import gate_to_proto, report_to_proto
 from services.trainer.converters.times import timestamp
 from services.trainer.domain.runs import Progress, TrainingRun
@@ -25,6 +26,7 @@ def run_to_proto(run: TrainingRun) -> training_run_pb2.TrainingRun:
         promoted=run.promoted,
         schedule_id=run.schedule_id,
         evaluation=report_to_proto(run.evaluation) if run.evaluation else None,
+        data_snapshot=snapshot_to_proto(run.data_snapshot) if run.data_snapshot else None,
         trials=[
             training_run_pb2.TuningTrial(
                 trial_number=trial.trial_number,

@@ -46,6 +46,11 @@ def schedule_from_proto(request: trainer_service_pb2.CreateScheduleRequest) -> S
             message.drift.min_new_events or 1_000,
             message.drift.min_interval_seconds or 3_600,
         )
+    violations.check(
+        not message.config.HasField("data_snapshot"),
+        "schedule.config.data_snapshot",
+        "must be absent: every run would train on the same events.",
+    )
     violations.raise_any()
     return Schedule(
         schedule_id=schedule_id,

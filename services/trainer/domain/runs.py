@@ -56,6 +56,21 @@ class DataWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class DataSnapshot:
+    """What a run read, by name.
+
+    Attributes:
+        snapshot_set: digest of the set of day files.
+        catalogue: digest of the items' attributes; empty for the catalogue as it is.
+        watermark: `pg_snapshot` of the log that the set holds, as text; empty where it is only asked for.
+    """
+
+    snapshot_set: str
+    catalogue: str = ""
+    watermark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationConfig:
     """How a model is measured. `split` is "leave_one_out" or "global_time"."""
 
@@ -83,12 +98,16 @@ class TrainingConfig:
     max_memory_bytes: int = 0
     differential_privacy: DifferentialPrivacy | None = None
     initial_version: str = ""
+    data_snapshot: DataSnapshot | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns a form that `from_json` reads."""
         fields = asdict(self)
         fields["overrides"] = dict(self.overrides)
         fields["window"]["kinds"] = list(self.window.kinds)
+        if self.data_snapshot is None:
+            # Requests of an earlier build keep their digest.
+            del fields["data_snapshot"]
         return fields
 
     @classmethod
@@ -99,9 +118,11 @@ class TrainingConfig:
         window["kinds"] = tuple(window.get("kinds", ()))
         evaluation = known.pop("evaluation", {})
         private = known.pop("differential_privacy", None)
+        snapshot = known.pop("data_snapshot", None)
         return cls(
             **known,
             differential_privacy=DifferentialPrivacy.from_json(private) if private else None,
+            data_snapshot=DataSnapshot(**snapshot) if snapshot else None,
             window=DataWindow(**{n: window[n] for n in DataWindow.__dataclass_fields__ if n in window}),
             evaluation=EvaluationConfig(
                 **{n: evaluation[n] for n in EvaluationConfig.__dataclass_fields__ if n in evaluation}
@@ -183,6 +204,7 @@ class TrainingRun:
         gate: as in the manifest, or None.
         evaluation: measures in the manifest's form; of an evaluation that has ended.
         trials: of a tuning, best first.
+        data_snapshot: what it read, once it has; None where that has no name, or is nobody's to know.
     """
 
     run_id: str
@@ -204,6 +226,7 @@ class TrainingRun:
     evaluation: Mapping[str, Any] | None = None
     trials: tuple[Trial, ...] = ()
     schedule_id: str = ""
+    data_snapshot: DataSnapshot | None = None
 
 
 @dataclass(frozen=True, slots=True)

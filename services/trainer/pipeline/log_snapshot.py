@@ -305,6 +305,16 @@ def read_through(
         return None
 
 
+def read_again(directory: SnapshotDirectory, digest: str, **window: Any) -> EventColumns | None:
+    """Returns the events of the set of that digest; None where it, or a file of it, is gone."""
+    with directory.locked():
+        kept = directory.load_set(digest)
+        try:
+            return None if kept is None else read_set(directory, kept, **window)
+        except DamagedFile:
+            return None
+
+
 def damaged_days(directory: SnapshotDirectory, chosen: SnapshotSet) -> list[int]:
     """Returns the days of a set with a file that is missing or whose digest does not fit."""
     found = []

@@ -44,8 +44,13 @@ def train(work: Work) -> None:
         registry = Registry(settings.registry_path)
         registry.raise_fence(run.model, lease.fence)
         events = work.read_log()
-        attributes, why_none = work.read_catalogue()
-        known = f"{len(attributes):,} items in the catalogue" if not why_none else f"no catalogue: {why_none}"
+        catalogue = work.read_catalogue(events)
+        attributes = catalogue.attributes
+        known = (
+            f"no catalogue: {catalogue.why_none}"
+            if catalogue.why_none
+            else f"{len(attributes):,} items in the catalogue"
+        )
         served, incumbent = version_in_service(registry, work, signing_key.public_key())
         trained: TrainedModel | PrivateModel
         if run.config.differential_privacy is not None:
@@ -84,6 +89,8 @@ def train(work: Work) -> None:
                 checkpoints=work.checkpoints(),
                 scalars=event_log.scalars,
             )
+            if catalogue.digest:
+                trained.manifest_fields["data"]["catalogue"] = catalogue.digest
             add_second_stage(work, registry, trained, events, attributes, plan, signing_key.public_key())
             event_log.outcome(trained.manifest_fields, trained.attachments)
         work.report("PUBLISHING", f"Publishing; the gate says {trained.verdict.verdict}.")

@@ -33,7 +33,7 @@ def tune(work: Work) -> None:
     spent = sum(trial.elapsed_seconds for trial in own)
     work.check()
     events = work.read_log()
-    attributes, _ = work.read_catalogue()
+    attributes = work.read_catalogue(events).attributes
     search = Search(size, known, seed=run.config.seed)
     data = TuningData.of(events, attributes, size, plan, seed=run.config.seed, report=work.report)
     deadline = time.monotonic() + task.max_seconds - spent

@@ -15,6 +15,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
 from services.trainer.domain.runs import (
+    DataSnapshot,
     Progress,
     RunFailure,
     RunState,
@@ -258,6 +259,14 @@ class PostgresRunStore:
                 "UPDATE training_runs SET read_watermark = %s WHERE run_id = %s", (watermark, run_id)
             )
 
+    def set_data_snapshot(self, run_id: str, snapshot: DataSnapshot) -> None:
+        """Notes what the run read."""
+        with self._database.connect() as connection:
+            connection.execute(
+                "UPDATE training_runs SET data_snapshot = %s WHERE run_id = %s",
+                (Jsonb(asdict(snapshot)), run_id),
+            )
+
     def finish_evaluation(self, run_id: str, attempt: int, measures: Mapping[str, Any]) -> bool:
         """Ends an evaluation that is still running in this attempt with what it found; returns whether it was."""
         with self._database.connect() as connection:
@@ -347,6 +356,7 @@ def _run(row: Mapping[str, Any]) -> TrainingRun:
             sorted((Trial(**trial) for trial in row["trials"]), key=lambda t: -t.validation_ndcg_at_10)
         ),
         schedule_id=row["schedule_id"],
+        data_snapshot=DataSnapshot(**row["data_snapshot"]) if row["data_snapshot"] else None,
     )
 
 

@@ -107,6 +107,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     asked for, or carries no weights to begin with. Ask for its size, or leave
     `initial_version` out.
     """
+    ERROR_REASON_DATA_SNAPSHOT_GONE: _ErrorReason.ValueType  # 33
+    """Of a run: what `data_snapshot` names is not on this trainer's disk: it is
+    past its retention, somebody who is in it was erased, or another trainer
+    has it. Leave `data_snapshot` out to read the log as it is now.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 100
     """Reasons of the process around every service begin at 100.
 
@@ -212,6 +217,11 @@ ERROR_REASON_INITIAL_VERSION_UNFIT: ErrorReason.ValueType  # 32
 """The version that a run was to begin with has another size than the one
 asked for, or carries no weights to begin with. Ask for its size, or leave
 `initial_version` out.
+"""
+ERROR_REASON_DATA_SNAPSHOT_GONE: ErrorReason.ValueType  # 33
+"""Of a run: what `data_snapshot` names is not on this trainer's disk: it is
+past its retention, somebody who is in it was erased, or another trainer
+has it. Leave `data_snapshot` out to read the log as it is now.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 100
 """Reasons of the process around every service begin at 100.

@@ -23,51 +23,52 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from shopkeeper.trainer.v1 import data_snapshot_pb2 as shopkeeper_dot_trainer_dot_v1_dot_data__snapshot__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shopkeeper/trainer/v1/model.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"x\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x07\x61liases\x18\x02 \x03(\x0b\x32!.shopkeeper.trainer.v1.AliasState\x12\x16\n\x0elatest_version\x18\x03 \x01(\t\x12\x15\n\rversion_count\x18\x04 \x01(\x05\"\xe5\x01\n\nAliasState\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x18\n\x10previous_version\x18\x03 \x01(\t\x12/\n\x0b\x63hange_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x05\x63\x61use\x18\x05 \x01(\x0e\x32(.shopkeeper.trainer.v1.AliasChange.Cause\x12\x33\n\x07history\x18\x06 \x03(\x0b\x32\".shopkeeper.trainer.v1.AliasChange\"\xa7\x02\n\x0b\x41liasChange\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10previous_version\x18\x02 \x01(\t\x12/\n\x0b\x63hange_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x05\x63\x61use\x18\x04 \x01(\x0e\x32(.shopkeeper.trainer.v1.AliasChange.Cause\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\"r\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41USE_GATE_PASSED\x10\x01\x12\x12\n\x0e\x43\x41USE_PROMOTED\x10\x02\x12\x10\n\x0c\x43\x41USE_FORCED\x10\x03\x12\x15\n\x11\x43\x41USE_ROLLED_BACK\x10\x04\"\xf0\x03\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12;\n\nevaluation\x18\x05 \x01(\x0b\x32\'.shopkeeper.trainer.v1.EvaluationReport\x12)\n\x04gate\x18\x06 \x01(\x0b\x32\x1b.shopkeeper.trainer.v1.Gate\x12\x30\n\x04\x64\x61ta\x18\x07 \x01(\x0b\x32\".shopkeeper.trainer.v1.DataSummary\x12\x30\n\x05\x66iles\x18\x08 \x03(\x0b\x32!.shopkeeper.trainer.v1.BundleFile\x12\x44\n\x10hyper_parameters\x18\t \x03(\x0b\x32*.shopkeeper.trainer.v1.HyperParameterValue\x12\x14\n\x0c\x63ode_version\x18\n \x01(\t\x12\x0f\n\x07\x61liases\x18\x0b \x03(\t\x12\x0c\n\x04\x63\x61rd\x18\x0c \x01(\t\x12\x38\n\x07privacy\x18\r \x01(\x0b\x32\'.shopkeeper.trainer.v1.PrivacyGuarantee\">\n\nBundleFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"^\n\x13HyperParameterValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x06number\x18\x02 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x42\x07\n\x05value\"\xe1\x01\n\x0b\x44\x61taSummary\x12\x11\n\twatermark\x18\x01 \x01(\x0c\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03\x12\x12\n\nuser_count\x18\x03 \x01(\x03\x12\x12\n\nitem_count\x18\x04 \x01(\x03\x12\x34\n\x10\x66irst_event_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x61ttribute_count\x18\x07 \x01(\x03\"[\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x03low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"J\n\nLadderRung\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07metrics\x18\x02 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\"\x93\x01\n\x05Slice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuser_count\x18\x02 \x01(\x03\x12.\n\x07metrics\x18\x03 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\x12\x38\n\x11incumbent_metrics\x18\x04 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\"\xdd\x01\n\x10\x45valuationReport\x12.\n\x07metrics\x18\x01 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\x12\x31\n\x06ladder\x18\x02 \x03(\x0b\x32!.shopkeeper.trainer.v1.LadderRung\x12,\n\x06slices\x18\x03 \x03(\x0b\x32\x1c.shopkeeper.trainer.v1.Slice\x12\x12\n\nuser_count\x18\x04 \x01(\x03\x12\x10\n\x08protocol\x18\x05 \x01(\t\x12\x12\n\nconfidence\x18\x06 \x01(\x01\"\xce\x01\n\x04Gate\x12\x34\n\x07verdict\x18\x01 \x01(\x0e\x32#.shopkeeper.trainer.v1.Gate.Verdict\x12\x30\n\x06\x63hecks\x18\x02 \x03(\x0b\x32 .shopkeeper.trainer.v1.GateCheck\"^\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_PASSED\x10\x01\x12\x12\n\x0eVERDICT_FAILED\x10\x02\x12\x12\n\x0eVERDICT_FORCED\x10\x03\"9\n\tGateCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x9c\x04\n\x10PrivacyGuarantee\x12\x0f\n\x07\x65psilon\x18\x01 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x01\x12\x11\n\tstatement\x18\x03 \x01(\t\x12\x44\n\tmechanism\x18\x04 \x01(\x0e\x32\x31.shopkeeper.trainer.v1.PrivacyGuarantee.Mechanism\x12:\n\x04unit\x18\x05 \x01(\x0e\x32,.shopkeeper.trainer.v1.PrivacyGuarantee.Unit\x12\x44\n\tadjacency\x18\x06 \x01(\x0e\x32\x31.shopkeeper.trainer.v1.PrivacyGuarantee.Adjacency\x12\x18\n\x10noise_multiplier\x18\x07 \x01(\x01\x12\x15\n\rsampling_rate\x18\x08 \x01(\x01\x12\r\n\x05steps\x18\t \x01(\x03\"-\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bUNIT_PERSON\x10\x01\"G\n\tAdjacency\x12\x19\n\x15\x41\x44JACENCY_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x41\x44JACENCY_ADD_OR_REMOVE_ONE\x10\x01\"U\n\tMechanism\x12\x19\n\x15MECHANISM_UNSPECIFIED\x10\x00\x12\x14\n\x10MECHANISM_COUNTS\x10\x01\x12\x17\n\x13MECHANISM_GRADIENTS\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shopkeeper/trainer/v1/model.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)shopkeeper/trainer/v1/data_snapshot.proto\"x\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x07\x61liases\x18\x02 \x03(\x0b\x32!.shopkeeper.trainer.v1.AliasState\x12\x16\n\x0elatest_version\x18\x03 \x01(\t\x12\x15\n\rversion_count\x18\x04 \x01(\x05\"\xe5\x01\n\nAliasState\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x18\n\x10previous_version\x18\x03 \x01(\t\x12/\n\x0b\x63hange_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x05\x63\x61use\x18\x05 \x01(\x0e\x32(.shopkeeper.trainer.v1.AliasChange.Cause\x12\x33\n\x07history\x18\x06 \x03(\x0b\x32\".shopkeeper.trainer.v1.AliasChange\"\xa7\x02\n\x0b\x41liasChange\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x18\n\x10previous_version\x18\x02 \x01(\t\x12/\n\x0b\x63hange_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x05\x63\x61use\x18\x04 \x01(\x0e\x32(.shopkeeper.trainer.v1.AliasChange.Cause\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\"r\n\x05\x43\x61use\x12\x15\n\x11\x43\x41USE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41USE_GATE_PASSED\x10\x01\x12\x12\n\x0e\x43\x41USE_PROMOTED\x10\x02\x12\x10\n\x0c\x43\x41USE_FORCED\x10\x03\x12\x15\n\x11\x43\x41USE_ROLLED_BACK\x10\x04\"\xf0\x03\n\x0cModelVersion\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x04 \x01(\t\x12;\n\nevaluation\x18\x05 \x01(\x0b\x32\'.shopkeeper.trainer.v1.EvaluationReport\x12)\n\x04gate\x18\x06 \x01(\x0b\x32\x1b.shopkeeper.trainer.v1.Gate\x12\x30\n\x04\x64\x61ta\x18\x07 \x01(\x0b\x32\".shopkeeper.trainer.v1.DataSummary\x12\x30\n\x05\x66iles\x18\x08 \x03(\x0b\x32!.shopkeeper.trainer.v1.BundleFile\x12\x44\n\x10hyper_parameters\x18\t \x03(\x0b\x32*.shopkeeper.trainer.v1.HyperParameterValue\x12\x14\n\x0c\x63ode_version\x18\n \x01(\t\x12\x0f\n\x07\x61liases\x18\x0b \x03(\t\x12\x0c\n\x04\x63\x61rd\x18\x0c \x01(\t\x12\x38\n\x07privacy\x18\r \x01(\x0b\x32\'.shopkeeper.trainer.v1.PrivacyGuarantee\">\n\nBundleFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\"^\n\x13HyperParameterValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x06number\x18\x02 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x66lag\x18\x04 \x01(\x08H\x00\x42\x07\n\x05value\"\x9d\x02\n\x0b\x44\x61taSummary\x12\x11\n\twatermark\x18\x01 \x01(\x0c\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03\x12\x12\n\nuser_count\x18\x03 \x01(\x03\x12\x12\n\nitem_count\x18\x04 \x01(\x03\x12\x34\n\x10\x66irst_event_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_event_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x61ttribute_count\x18\x07 \x01(\x03\x12:\n\rdata_snapshot\x18\x08 \x01(\x0b\x32#.shopkeeper.trainer.v1.DataSnapshot\"[\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x03low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"J\n\nLadderRung\x12\x0c\n\x04name\x18\x01 \x01(\t\x12.\n\x07metrics\x18\x02 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\"\x93\x01\n\x05Slice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nuser_count\x18\x02 \x01(\x03\x12.\n\x07metrics\x18\x03 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\x12\x38\n\x11incumbent_metrics\x18\x04 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\"\xdd\x01\n\x10\x45valuationReport\x12.\n\x07metrics\x18\x01 \x03(\x0b\x32\x1d.shopkeeper.trainer.v1.Metric\x12\x31\n\x06ladder\x18\x02 \x03(\x0b\x32!.shopkeeper.trainer.v1.LadderRung\x12,\n\x06slices\x18\x03 \x03(\x0b\x32\x1c.shopkeeper.trainer.v1.Slice\x12\x12\n\nuser_count\x18\x04 \x01(\x03\x12\x10\n\x08protocol\x18\x05 \x01(\t\x12\x12\n\nconfidence\x18\x06 \x01(\x01\"\xce\x01\n\x04Gate\x12\x34\n\x07verdict\x18\x01 \x01(\x0e\x32#.shopkeeper.trainer.v1.Gate.Verdict\x12\x30\n\x06\x63hecks\x18\x02 \x03(\x0b\x32 .shopkeeper.trainer.v1.GateCheck\"^\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x12\n\x0eVERDICT_PASSED\x10\x01\x12\x12\n\x0eVERDICT_FAILED\x10\x02\x12\x12\n\x0eVERDICT_FORCED\x10\x03\"9\n\tGateCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06passed\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x9c\x04\n\x10PrivacyGuarantee\x12\x0f\n\x07\x65psilon\x18\x01 \x01(\x01\x12\r\n\x05\x64\x65lta\x18\x02 \x01(\x01\x12\x11\n\tstatement\x18\x03 \x01(\t\x12\x44\n\tmechanism\x18\x04 \x01(\x0e\x32\x31.shopkeeper.trainer.v1.PrivacyGuarantee.Mechanism\x12:\n\x04unit\x18\x05 \x01(\x0e\x32,.shopkeeper.trainer.v1.PrivacyGuarantee.Unit\x12\x44\n\tadjacency\x18\x06 \x01(\x0e\x32\x31.shopkeeper.trainer.v1.PrivacyGuarantee.Adjacency\x12\x18\n\x10noise_multiplier\x18\x07 \x01(\x01\x12\x15\n\rsampling_rate\x18\x08 \x01(\x01\x12\r\n\x05steps\x18\t \x01(\x03\"-\n\x04Unit\x12\x14\n\x10UNIT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bUNIT_PERSON\x10\x01\"G\n\tAdjacency\x12\x19\n\x15\x41\x44JACENCY_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x41\x44JACENCY_ADD_OR_REMOVE_ONE\x10\x01\"U\n\tMechanism\x12\x19\n\x15MECHANISM_UNSPECIFIED\x10\x00\x12\x14\n\x10MECHANISM_COUNTS\x10\x01\x12\x17\n\x13MECHANISM_GRADIENTS\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shopkeeper.trainer.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODEL']._serialized_start=93
-  _globals['_MODEL']._serialized_end=213
-  _globals['_ALIASSTATE']._serialized_start=216
-  _globals['_ALIASSTATE']._serialized_end=445
-  _globals['_ALIASCHANGE']._serialized_start=448
-  _globals['_ALIASCHANGE']._serialized_end=743
-  _globals['_ALIASCHANGE_CAUSE']._serialized_start=629
-  _globals['_ALIASCHANGE_CAUSE']._serialized_end=743
-  _globals['_MODELVERSION']._serialized_start=746
-  _globals['_MODELVERSION']._serialized_end=1242
-  _globals['_BUNDLEFILE']._serialized_start=1244
-  _globals['_BUNDLEFILE']._serialized_end=1306
-  _globals['_HYPERPARAMETERVALUE']._serialized_start=1308
-  _globals['_HYPERPARAMETERVALUE']._serialized_end=1402
-  _globals['_DATASUMMARY']._serialized_start=1405
-  _globals['_DATASUMMARY']._serialized_end=1630
-  _globals['_METRIC']._serialized_start=1632
-  _globals['_METRIC']._serialized_end=1723
-  _globals['_LADDERRUNG']._serialized_start=1725
-  _globals['_LADDERRUNG']._serialized_end=1799
-  _globals['_SLICE']._serialized_start=1802
-  _globals['_SLICE']._serialized_end=1949
-  _globals['_EVALUATIONREPORT']._serialized_start=1952
-  _globals['_EVALUATIONREPORT']._serialized_end=2173
-  _globals['_GATE']._serialized_start=2176
-  _globals['_GATE']._serialized_end=2382
-  _globals['_GATE_VERDICT']._serialized_start=2288
-  _globals['_GATE_VERDICT']._serialized_end=2382
-  _globals['_GATECHECK']._serialized_start=2384
-  _globals['_GATECHECK']._serialized_end=2441
-  _globals['_PRIVACYGUARANTEE']._serialized_start=2444
-  _globals['_PRIVACYGUARANTEE']._serialized_end=2984
-  _globals['_PRIVACYGUARANTEE_UNIT']._serialized_start=2779
-  _globals['_PRIVACYGUARANTEE_UNIT']._serialized_end=2824
-  _globals['_PRIVACYGUARANTEE_ADJACENCY']._serialized_start=2826
-  _globals['_PRIVACYGUARANTEE_ADJACENCY']._serialized_end=2897
-  _globals['_PRIVACYGUARANTEE_MECHANISM']._serialized_start=2899
-  _globals['_PRIVACYGUARANTEE_MECHANISM']._serialized_end=2984
+  _globals['_MODEL']._serialized_start=136
+  _globals['_MODEL']._serialized_end=256
+  _globals['_ALIASSTATE']._serialized_start=259
+  _globals['_ALIASSTATE']._serialized_end=488
+  _globals['_ALIASCHANGE']._serialized_start=491
+  _globals['_ALIASCHANGE']._serialized_end=786
+  _globals['_ALIASCHANGE_CAUSE']._serialized_start=672
+  _globals['_ALIASCHANGE_CAUSE']._serialized_end=786
+  _globals['_MODELVERSION']._serialized_start=789
+  _globals['_MODELVERSION']._serialized_end=1285
+  _globals['_BUNDLEFILE']._serialized_start=1287
+  _globals['_BUNDLEFILE']._serialized_end=1349
+  _globals['_HYPERPARAMETERVALUE']._serialized_start=1351
+  _globals['_HYPERPARAMETERVALUE']._serialized_end=1445
+  _globals['_DATASUMMARY']._serialized_start=1448
+  _globals['_DATASUMMARY']._serialized_end=1733
+  _globals['_METRIC']._serialized_start=1735
+  _globals['_METRIC']._serialized_end=1826
+  _globals['_LADDERRUNG']._serialized_start=1828
+  _globals['_LADDERRUNG']._serialized_end=1902
+  _globals['_SLICE']._serialized_start=1905
+  _globals['_SLICE']._serialized_end=2052
+  _globals['_EVALUATIONREPORT']._serialized_start=2055
+  _globals['_EVALUATIONREPORT']._serialized_end=2276
+  _globals['_GATE']._serialized_start=2279
+  _globals['_GATE']._serialized_end=2485
+  _globals['_GATE_VERDICT']._serialized_start=2391
+  _globals['_GATE_VERDICT']._serialized_end=2485
+  _globals['_GATECHECK']._serialized_start=2487
+  _globals['_GATECHECK']._serialized_end=2544
+  _globals['_PRIVACYGUARANTEE']._serialized_start=2547
+  _globals['_PRIVACYGUARANTEE']._serialized_end=3087
+  _globals['_PRIVACYGUARANTEE_UNIT']._serialized_start=2882
+  _globals['_PRIVACYGUARANTEE_UNIT']._serialized_end=2927
+  _globals['_PRIVACYGUARANTEE_ADJACENCY']._serialized_start=2929
+  _globals['_PRIVACYGUARANTEE_ADJACENCY']._serialized_end=3000
+  _globals['_PRIVACYGUARANTEE_MECHANISM']._serialized_start=3002
+  _globals['_PRIVACYGUARANTEE_MECHANISM']._serialized_end=3087
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from shopkeeper.trainer.v1 import data_snapshot_pb2 as _data_snapshot_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -338,6 +339,7 @@ class DataSummary(_message.Message):
     FIRST_EVENT_TIME_FIELD_NUMBER: _builtins.int
     LAST_EVENT_TIME_FIELD_NUMBER: _builtins.int
     ATTRIBUTE_COUNT_FIELD_NUMBER: _builtins.int
+    DATA_SNAPSHOT_FIELD_NUMBER: _builtins.int
     watermark: _builtins.bytes
     """Reads of the log up to here: `pg_current_snapshot()` of the read."""
     event_count: _builtins.int
@@ -356,6 +358,12 @@ class DataSummary(_message.Message):
     def last_event_time(self) -> _timestamp_pb2.Timestamp:
         """`occurred_at` of the last event."""
 
+    @_builtins.property
+    def data_snapshot(self) -> _data_snapshot_pb2.DataSnapshot:
+        """What was read, to be read again; absent where the log itself was read, and
+        with differential privacy, whose versions tell nothing exact of the log.
+        """
+
     def __init__(
         self,
         *,
@@ -366,10 +374,11 @@ class DataSummary(_message.Message):
         first_event_time: _timestamp_pb2.Timestamp | None = ...,
         last_event_time: _timestamp_pb2.Timestamp | None = ...,
         attribute_count: _builtins.int = ...,
+        data_snapshot: _data_snapshot_pb2.DataSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_event_time", b"first_event_time", "last_event_time", b"last_event_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data_snapshot", b"data_snapshot", "first_event_time", b"first_event_time", "last_event_time", b"last_event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_count", b"attribute_count", "event_count", b"event_count", "first_event_time", b"first_event_time", "item_count", b"item_count", "last_event_time", b"last_event_time", "user_count", b"user_count", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute_count", b"attribute_count", "data_snapshot", b"data_snapshot", "event_count", b"event_count", "first_event_time", b"first_event_time", "item_count", b"item_count", "last_event_time", b"last_event_time", "user_count", b"user_count", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from shopkeeper.trainer.v1 import data_snapshot_pb2 as shopkeeper_dot_trainer_dot_v1_dot_data__snapshot__pb2
 from shopkeeper.trainer.v1 import model_pb2 as shopkeeper_dot_trainer_dot_v1_dot_model__pb2
 from shopkeeper.trainer.v1 import privacy_budget_pb2 as shopkeeper_dot_trainer_dot_v1_dot_privacy__budget__pb2
 from shopkeeper.trainer.v1 import schedule_pb2 as shopkeeper_dot_trainer_dot_v1_dot_schedule__pb2
 from shopkeeper.trainer.v1 import training_run_pb2 as shopkeeper_dot_trainer_dot_v1_dot_training__run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+shopkeeper/trainer/v1/trainer_service.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!shopkeeper/trainer/v1/model.proto\x1a*shopkeeper/trainer/v1/privacy_budget.proto\x1a$shopkeeper/trainer/v1/schedule.proto\x1a(shopkeeper/trainer/v1/training_run.proto\"\x86\x01\n\x18\x43reateTrainingRunRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12;\n\x06\x63onfig\x18\x03 \x01(\x0b\x32%.shopkeeper.trainer.v1.TrainingConfigB\x04\xe2\x41\x01\x01\"-\n\x15GetTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12>\n\x06states\x18\x02 \x03(\x0e\x32(.shopkeeper.trainer.v1.TrainingRun.StateB\x04\xe2\x41\x01\x01\x12\x17\n\tpage_size\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"n\n\x18ListTrainingRunsResponse\x12\x39\n\rtraining_runs\x18\x01 \x03(\x0b\x32\".shopkeeper.trainer.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x17WatchTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12#\n\x15\x61\x66ter_sequence_number\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x01\"\x8f\x01\n\x18WatchTrainingRunResponse\x12\x39\n\x08progress\x18\x01 \x03(\x0b\x32\'.shopkeeper.trainer.v1.TrainingProgress\x12\x38\n\x0ctraining_run\x18\x02 \x01(\x0b\x32\".shopkeeper.trainer.v1.TrainingRun\"G\n\x18\x43\x61ncelTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\x07\x63omment\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"[\n\x12ListModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.shopkeeper.trainer.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x0fGetModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"b\n\x18ListModelVersionsRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\x8b\x01\n\x19ListModelVersionsResponse\x12;\n\x0emodel_versions\x18\x01 \x03(\x0b\x32#.shopkeeper.trainer.v1.ModelVersion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x64\x61maged_versions\x18\x03 \x03(\t\"D\n\x16GetModelVersionRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"\xaa\x01\n\x13PromoteModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05\x61lias\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05\x66orce\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x15\n\x07\x63omment\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\x12&\n\x18\x65xpected_current_version\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01\"\x7f\n\x14RollbackModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05\x61lias\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x63omment\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12&\n\x18\x65xpected_current_version\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"\xd8\x01\n\x14\x45valuateModelRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x41\n\nevaluation\x18\x04 \x01(\x0b\x32\'.shopkeeper.trainer.v1.EvaluationConfigB\x04\xe2\x41\x01\x01\x12\x37\n\x06window\x18\x05 \x01(\x0b\x32!.shopkeeper.trainer.v1.DataWindowB\x04\xe2\x41\x01\x01\"\xd0\x01\n\x10TuneModelRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12;\n\x06\x63onfig\x18\x03 \x01(\x0b\x32%.shopkeeper.trainer.v1.TrainingConfigB\x04\xe2\x41\x01\x01\x12\x18\n\nmax_trials\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bmax_seconds\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x1b\n\rresume_run_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01\"*\n\x13WatchAliasesRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"\xa3\x01\n\x14WatchAliasesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x05\x61lias\x18\x02 \x01(\x0b\x32!.shopkeeper.trainer.v1.AliasState\x12\x19\n\x11snapshot_complete\x18\x03 \x01(\x08\x12/\n\x0bobserved_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x17GetPrivacyBudgetRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"k\n\x15\x43reateScheduleRequest\x12\x19\n\x0bschedule_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08schedule\x18\x02 \x01(\x0b\x32\x1f.shopkeeper.trainer.v1.ScheduleB\x04\xe2\x41\x01\x02\"I\n\x14ListSchedulesRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"d\n\x15ListSchedulesResponse\x12\x32\n\tschedules\x18\x01 \x03(\x0b\x32\x1f.shopkeeper.trainer.v1.Schedule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x15\x44\x65leteScheduleRequest\x12\x19\n\x0bschedule_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x18\n\x16\x44\x65leteScheduleResponse2\xcb\x0e\n\x0eTrainerService\x12h\n\x11\x43reateTrainingRun\x12/.shopkeeper.trainer.v1.CreateTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12\x62\n\x0eGetTrainingRun\x12,.shopkeeper.trainer.v1.GetTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12s\n\x10ListTrainingRuns\x12..shopkeeper.trainer.v1.ListTrainingRunsRequest\x1a/.shopkeeper.trainer.v1.ListTrainingRunsResponse\x12u\n\x10WatchTrainingRun\x12..shopkeeper.trainer.v1.WatchTrainingRunRequest\x1a/.shopkeeper.trainer.v1.WatchTrainingRunResponse0\x01\x12h\n\x11\x43\x61ncelTrainingRun\x12/.shopkeeper.trainer.v1.CancelTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12\x61\n\nListModels\x12(.shopkeeper.trainer.v1.ListModelsRequest\x1a).shopkeeper.trainer.v1.ListModelsResponse\x12P\n\x08GetModel\x12&.shopkeeper.trainer.v1.GetModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12v\n\x11ListModelVersions\x12/.shopkeeper.trainer.v1.ListModelVersionsRequest\x1a\x30.shopkeeper.trainer.v1.ListModelVersionsResponse\x12\x65\n\x0fGetModelVersion\x12-.shopkeeper.trainer.v1.GetModelVersionRequest\x1a#.shopkeeper.trainer.v1.ModelVersion\x12X\n\x0cPromoteModel\x12*.shopkeeper.trainer.v1.PromoteModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12Z\n\rRollbackModel\x12+.shopkeeper.trainer.v1.RollbackModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12`\n\rEvaluateModel\x12+.shopkeeper.trainer.v1.EvaluateModelRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12X\n\tTuneModel\x12\'.shopkeeper.trainer.v1.TuneModelRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12i\n\x0cWatchAliases\x12*.shopkeeper.trainer.v1.WatchAliasesRequest\x1a+.shopkeeper.trainer.v1.WatchAliasesResponse0\x01\x12h\n\x10GetPrivacyBudget\x12..shopkeeper.trainer.v1.GetPrivacyBudgetRequest\x1a$.shopkeeper.trainer.v1.PrivacyBudget\x12_\n\x0e\x43reateSchedule\x12,.shopkeeper.trainer.v1.CreateScheduleRequest\x1a\x1f.shopkeeper.trainer.v1.Schedule\x12j\n\rListSchedules\x12+.shopkeeper.trainer.v1.ListSchedulesRequest\x1a,.shopkeeper.trainer.v1.ListSchedulesResponse\x12m\n\x0e\x44\x65leteSchedule\x12,.shopkeeper.trainer.v1.DeleteScheduleRequest\x1a-.shopkeeper.trainer.v1.DeleteScheduleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+shopkeeper/trainer/v1/trainer_service.proto\x12\x15shopkeeper.trainer.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a)shopkeeper/trainer/v1/data_snapshot.proto\x1a!shopkeeper/trainer/v1/model.proto\x1a*shopkeeper/trainer/v1/privacy_budget.proto\x1a$shopkeeper/trainer/v1/schedule.proto\x1a(shopkeeper/trainer/v1/training_run.proto\"\x86\x01\n\x18\x43reateTrainingRunRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12;\n\x06\x63onfig\x18\x03 \x01(\x0b\x32%.shopkeeper.trainer.v1.TrainingConfigB\x04\xe2\x41\x01\x01\"-\n\x15GetTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\xa1\x01\n\x17ListTrainingRunsRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12>\n\x06states\x18\x02 \x03(\x0e\x32(.shopkeeper.trainer.v1.TrainingRun.StateB\x04\xe2\x41\x01\x01\x12\x17\n\tpage_size\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"n\n\x18ListTrainingRunsResponse\x12\x39\n\rtraining_runs\x18\x01 \x03(\x0b\x32\".shopkeeper.trainer.v1.TrainingRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x17WatchTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12#\n\x15\x61\x66ter_sequence_number\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x01\"\x8f\x01\n\x18WatchTrainingRunResponse\x12\x39\n\x08progress\x18\x01 \x03(\x0b\x32\'.shopkeeper.trainer.v1.TrainingProgress\x12\x38\n\x0ctraining_run\x18\x02 \x01(\x0b\x32\".shopkeeper.trainer.v1.TrainingRun\"G\n\x18\x43\x61ncelTrainingRunRequest\x12\x14\n\x06run_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x15\n\x07\x63omment\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"F\n\x11ListModelsRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"[\n\x12ListModelsResponse\x12,\n\x06models\x18\x01 \x03(\x0b\x32\x1c.shopkeeper.trainer.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x0fGetModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"b\n\x18ListModelVersionsRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\x8b\x01\n\x19ListModelVersionsResponse\x12;\n\x0emodel_versions\x18\x01 \x03(\x0b\x32#.shopkeeper.trainer.v1.ModelVersion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10\x64\x61maged_versions\x18\x03 \x03(\t\"D\n\x16GetModelVersionRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"\xaa\x01\n\x13PromoteModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05\x61lias\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05\x66orce\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x15\n\x07\x63omment\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\x12&\n\x18\x65xpected_current_version\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01\"\x7f\n\x14RollbackModelRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05\x61lias\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07\x63omment\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12&\n\x18\x65xpected_current_version\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"\x9a\x02\n\x14\x45valuateModelRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x15\n\x07version\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x41\n\nevaluation\x18\x04 \x01(\x0b\x32\'.shopkeeper.trainer.v1.EvaluationConfigB\x04\xe2\x41\x01\x01\x12\x37\n\x06window\x18\x05 \x01(\x0b\x32!.shopkeeper.trainer.v1.DataWindowB\x04\xe2\x41\x01\x01\x12@\n\rdata_snapshot\x18\x06 \x01(\x0b\x32#.shopkeeper.trainer.v1.DataSnapshotB\x04\xe2\x41\x01\x01\"\xd0\x01\n\x10TuneModelRequest\x12\x18\n\nrequest_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05model\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12;\n\x06\x63onfig\x18\x03 \x01(\x0b\x32%.shopkeeper.trainer.v1.TrainingConfigB\x04\xe2\x41\x01\x01\x12\x18\n\nmax_trials\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bmax_seconds\x18\x05 \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x1b\n\rresume_run_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01\"*\n\x13WatchAliasesRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"\xa3\x01\n\x14WatchAliasesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x30\n\x05\x61lias\x18\x02 \x01(\x0b\x32!.shopkeeper.trainer.v1.AliasState\x12\x19\n\x11snapshot_complete\x18\x03 \x01(\x08\x12/\n\x0bobserved_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x17GetPrivacyBudgetRequest\x12\x13\n\x05model\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\"k\n\x15\x43reateScheduleRequest\x12\x19\n\x0bschedule_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x37\n\x08schedule\x18\x02 \x01(\x0b\x32\x1f.shopkeeper.trainer.v1.ScheduleB\x04\xe2\x41\x01\x02\"I\n\x14ListSchedulesRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"d\n\x15ListSchedulesResponse\x12\x32\n\tschedules\x18\x01 \x03(\x0b\x32\x1f.shopkeeper.trainer.v1.Schedule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x15\x44\x65leteScheduleRequest\x12\x19\n\x0bschedule_id\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x18\n\x16\x44\x65leteScheduleResponse2\xcb\x0e\n\x0eTrainerService\x12h\n\x11\x43reateTrainingRun\x12/.shopkeeper.trainer.v1.CreateTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12\x62\n\x0eGetTrainingRun\x12,.shopkeeper.trainer.v1.GetTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12s\n\x10ListTrainingRuns\x12..shopkeeper.trainer.v1.ListTrainingRunsRequest\x1a/.shopkeeper.trainer.v1.ListTrainingRunsResponse\x12u\n\x10WatchTrainingRun\x12..shopkeeper.trainer.v1.WatchTrainingRunRequest\x1a/.shopkeeper.trainer.v1.WatchTrainingRunResponse0\x01\x12h\n\x11\x43\x61ncelTrainingRun\x12/.shopkeeper.trainer.v1.CancelTrainingRunRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12\x61\n\nListModels\x12(.shopkeeper.trainer.v1.ListModelsRequest\x1a).shopkeeper.trainer.v1.ListModelsResponse\x12P\n\x08GetModel\x12&.shopkeeper.trainer.v1.GetModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12v\n\x11ListModelVersions\x12/.shopkeeper.trainer.v1.ListModelVersionsRequest\x1a\x30.shopkeeper.trainer.v1.ListModelVersionsResponse\x12\x65\n\x0fGetModelVersion\x12-.shopkeeper.trainer.v1.GetModelVersionRequest\x1a#.shopkeeper.trainer.v1.ModelVersion\x12X\n\x0cPromoteModel\x12*.shopkeeper.trainer.v1.PromoteModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12Z\n\rRollbackModel\x12+.shopkeeper.trainer.v1.RollbackModelRequest\x1a\x1c.shopkeeper.trainer.v1.Model\x12`\n\rEvaluateModel\x12+.shopkeeper.trainer.v1.EvaluateModelRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12X\n\tTuneModel\x12\'.shopkeeper.trainer.v1.TuneModelRequest\x1a\".shopkeeper.trainer.v1.TrainingRun\x12i\n\x0cWatchAliases\x12*.shopkeeper.trainer.v1.WatchAliasesRequest\x1a+.shopkeeper.trainer.v1.WatchAliasesResponse0\x01\x12h\n\x10GetPrivacyBudget\x12..shopkeeper.trainer.v1.GetPrivacyBudgetRequest\x1a$.shopkeeper.trainer.v1.PrivacyBudget\x12_\n\x0e\x43reateSchedule\x12,.shopkeeper.trainer.v1.CreateScheduleRequest\x1a\x1f.shopkeeper.trainer.v1.Schedule\x12j\n\rListSchedules\x12+.shopkeeper.trainer.v1.ListSchedulesRequest\x1a,.shopkeeper.trainer.v1.ListSchedulesResponse\x12m\n\x0e\x44\x65leteSchedule\x12,.shopkeeper.trainer.v1.DeleteScheduleRequest\x1a-.shopkeeper.trainer.v1.DeleteScheduleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -107,6 +108,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVALUATEMODELREQUEST'].fields_by_name['evaluation']._serialized_options = b'\342A\001\001'
   _globals['_EVALUATEMODELREQUEST'].fields_by_name['window']._loaded_options = None
   _globals['_EVALUATEMODELREQUEST'].fields_by_name['window']._serialized_options = b'\342A\001\001'
+  _globals['_EVALUATEMODELREQUEST'].fields_by_name['data_snapshot']._loaded_options = None
+  _globals['_EVALUATEMODELREQUEST'].fields_by_name['data_snapshot']._serialized_options = b'\342A\001\001'
   _globals['_TUNEMODELREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_TUNEMODELREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
   _globals['_TUNEMODELREQUEST'].fields_by_name['model']._loaded_options = None
@@ -133,56 +136,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTSCHEDULESREQUEST'].fields_by_name['page_token']._serialized_options = b'\342A\001\001'
   _globals['_DELETESCHEDULEREQUEST'].fields_by_name['schedule_id']._loaded_options = None
   _globals['_DELETESCHEDULEREQUEST'].fields_by_name['schedule_id']._serialized_options = b'\342A\001\002'
-  _globals['_CREATETRAININGRUNREQUEST']._serialized_start=296
-  _globals['_CREATETRAININGRUNREQUEST']._serialized_end=430
-  _globals['_GETTRAININGRUNREQUEST']._serialized_start=432
-  _globals['_GETTRAININGRUNREQUEST']._serialized_end=477
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=480
-  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=641
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=643
-  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=753
-  _globals['_WATCHTRAININGRUNREQUEST']._serialized_start=755
-  _globals['_WATCHTRAININGRUNREQUEST']._serialized_end=839
-  _globals['_WATCHTRAININGRUNRESPONSE']._serialized_start=842
-  _globals['_WATCHTRAININGRUNRESPONSE']._serialized_end=985
-  _globals['_CANCELTRAININGRUNREQUEST']._serialized_start=987
-  _globals['_CANCELTRAININGRUNREQUEST']._serialized_end=1058
-  _globals['_LISTMODELSREQUEST']._serialized_start=1060
-  _globals['_LISTMODELSREQUEST']._serialized_end=1130
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1132
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1223
-  _globals['_GETMODELREQUEST']._serialized_start=1225
-  _globals['_GETMODELREQUEST']._serialized_end=1263
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1265
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1363
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1366
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1505
-  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1507
-  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1575
-  _globals['_PROMOTEMODELREQUEST']._serialized_start=1578
-  _globals['_PROMOTEMODELREQUEST']._serialized_end=1748
-  _globals['_ROLLBACKMODELREQUEST']._serialized_start=1750
-  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1877
-  _globals['_EVALUATEMODELREQUEST']._serialized_start=1880
-  _globals['_EVALUATEMODELREQUEST']._serialized_end=2096
-  _globals['_TUNEMODELREQUEST']._serialized_start=2099
-  _globals['_TUNEMODELREQUEST']._serialized_end=2307
-  _globals['_WATCHALIASESREQUEST']._serialized_start=2309
-  _globals['_WATCHALIASESREQUEST']._serialized_end=2351
-  _globals['_WATCHALIASESRESPONSE']._serialized_start=2354
-  _globals['_WATCHALIASESRESPONSE']._serialized_end=2517
-  _globals['_GETPRIVACYBUDGETREQUEST']._serialized_start=2519
-  _globals['_GETPRIVACYBUDGETREQUEST']._serialized_end=2565
-  _globals['_CREATESCHEDULEREQUEST']._serialized_start=2567
-  _globals['_CREATESCHEDULEREQUEST']._serialized_end=2674
-  _globals['_LISTSCHEDULESREQUEST']._serialized_start=2676
-  _globals['_LISTSCHEDULESREQUEST']._serialized_end=2749
-  _globals['_LISTSCHEDULESRESPONSE']._serialized_start=2751
-  _globals['_LISTSCHEDULESRESPONSE']._serialized_end=2851
-  _globals['_DELETESCHEDULEREQUEST']._serialized_start=2853
-  _globals['_DELETESCHEDULEREQUEST']._serialized_end=2903
-  _globals['_DELETESCHEDULERESPONSE']._serialized_start=2905
-  _globals['_DELETESCHEDULERESPONSE']._serialized_end=2929
-  _globals['_TRAINERSERVICE']._serialized_start=2932
-  _globals['_TRAINERSERVICE']._serialized_end=4799
+  _globals['_CREATETRAININGRUNREQUEST']._serialized_start=339
+  _globals['_CREATETRAININGRUNREQUEST']._serialized_end=473
+  _globals['_GETTRAININGRUNREQUEST']._serialized_start=475
+  _globals['_GETTRAININGRUNREQUEST']._serialized_end=520
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_start=523
+  _globals['_LISTTRAININGRUNSREQUEST']._serialized_end=684
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_start=686
+  _globals['_LISTTRAININGRUNSRESPONSE']._serialized_end=796
+  _globals['_WATCHTRAININGRUNREQUEST']._serialized_start=798
+  _globals['_WATCHTRAININGRUNREQUEST']._serialized_end=882
+  _globals['_WATCHTRAININGRUNRESPONSE']._serialized_start=885
+  _globals['_WATCHTRAININGRUNRESPONSE']._serialized_end=1028
+  _globals['_CANCELTRAININGRUNREQUEST']._serialized_start=1030
+  _globals['_CANCELTRAININGRUNREQUEST']._serialized_end=1101
+  _globals['_LISTMODELSREQUEST']._serialized_start=1103
+  _globals['_LISTMODELSREQUEST']._serialized_end=1173
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1175
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1266
+  _globals['_GETMODELREQUEST']._serialized_start=1268
+  _globals['_GETMODELREQUEST']._serialized_end=1306
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=1308
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=1406
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=1409
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=1548
+  _globals['_GETMODELVERSIONREQUEST']._serialized_start=1550
+  _globals['_GETMODELVERSIONREQUEST']._serialized_end=1618
+  _globals['_PROMOTEMODELREQUEST']._serialized_start=1621
+  _globals['_PROMOTEMODELREQUEST']._serialized_end=1791
+  _globals['_ROLLBACKMODELREQUEST']._serialized_start=1793
+  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1920
+  _globals['_EVALUATEMODELREQUEST']._serialized_start=1923
+  _globals['_EVALUATEMODELREQUEST']._serialized_end=2205
+  _globals['_TUNEMODELREQUEST']._serialized_start=2208
+  _globals['_TUNEMODELREQUEST']._serialized_end=2416
+  _globals['_WATCHALIASESREQUEST']._serialized_start=2418
+  _globals['_WATCHALIASESREQUEST']._serialized_end=2460
+  _globals['_WATCHALIASESRESPONSE']._serialized_start=2463
+  _globals['_WATCHALIASESRESPONSE']._serialized_end=2626
+  _globals['_GETPRIVACYBUDGETREQUEST']._serialized_start=2628
+  _globals['_GETPRIVACYBUDGETREQUEST']._serialized_end=2674
+  _globals['_CREATESCHEDULEREQUEST']._serialized_start=2676
+  _globals['_CREATESCHEDULEREQUEST']._serialized_end=2783
+  _globals['_LISTSCHEDULESREQUEST']._serialized_start=2785
+  _globals['_LISTSCHEDULESREQUEST']._serialized_end=2858
+  _globals['_LISTSCHEDULESRESPONSE']._serialized_start=2860
+  _globals['_LISTSCHEDULESRESPONSE']._serialized_end=2960
+  _globals['_DELETESCHEDULEREQUEST']._serialized_start=2962
+  _globals['_DELETESCHEDULEREQUEST']._serialized_end=3012
+  _globals['_DELETESCHEDULERESPONSE']._serialized_start=3014
+  _globals['_DELETESCHEDULERESPONSE']._serialized_end=3038
+  _globals['_TRAINERSERVICE']._serialized_start=3041
+  _globals['_TRAINERSERVICE']._serialized_end=4908
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from shopkeeper.trainer.v1 import data_snapshot_pb2 as _data_snapshot_pb2
 from shopkeeper.trainer.v1 import model_pb2 as _model_pb2
 from shopkeeper.trainer.v1 import schedule_pb2 as _schedule_pb2
 from shopkeeper.trainer.v1 import training_run_pb2 as _training_run_pb2
@@ -500,6 +501,7 @@ class EvaluateModelRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
+    DATA_SNAPSHOT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The caller's id for this request, as in `CreateTrainingRunRequest`."""
     model: _builtins.str
@@ -514,6 +516,10 @@ class EvaluateModelRequest(_message.Message):
     def window(self) -> _training_run_pb2.DataWindow:
         """Which part of the log. Absent: all of it."""
 
+    @_builtins.property
+    def data_snapshot(self) -> _data_snapshot_pb2.DataSnapshot:
+        """What to read, as in `TrainingConfig`. Absent: the log as it is now."""
+
     def __init__(
         self,
         *,
@@ -522,10 +528,11 @@ class EvaluateModelRequest(_message.Message):
         version: _builtins.str = ...,
         evaluation: _training_run_pb2.EvaluationConfig | None = ...,
         window: _training_run_pb2.DataWindow | None = ...,
+        data_snapshot: _data_snapshot_pb2.DataSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "window", b"window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data_snapshot", b"data_snapshot", "evaluation", b"evaluation", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "model", b"model", "request_id", b"request_id", "version", b"version", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_snapshot", b"data_snapshot", "evaluation", b"evaluation", "model", b"model", "request_id", b"request_id", "version", b"version", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from shopkeeper.feedback.v1 import event_kind_pb2 as _event_kind_pb2
+from shopkeeper.trainer.v1 import data_snapshot_pb2 as _data_snapshot_pb2
 from shopkeeper.trainer.v1 import model_pb2 as _model_pb2
 import builtins as _builtins
 import sys
@@ -165,6 +166,7 @@ class TrainingRun(_message.Message):
     CANCEL_COMMENT_FIELD_NUMBER: _builtins.int
     SCHEDULE_ID_FIELD_NUMBER: _builtins.int
     PROMOTED_FIELD_NUMBER: _builtins.int
+    DATA_SNAPSHOT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run's id, `^run-[0-9a-f]{32}$`. Assigned by the service."""
     model: _builtins.str
@@ -221,6 +223,12 @@ class TrainingRun(_message.Message):
     def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___TuningTrial]:
         """The best configurations of a run of `KIND_TUNING`, best first."""
 
+    @_builtins.property
+    def data_snapshot(self) -> _data_snapshot_pb2.DataSnapshot:
+        """What the run read, to be read again; absent before, where the log itself
+        was read, and with differential privacy.
+        """
+
     def __init__(
         self,
         *,
@@ -242,10 +250,11 @@ class TrainingRun(_message.Message):
         cancel_comment: _builtins.str = ...,
         schedule_id: _builtins.str = ...,
         promoted: _builtins.bool = ...,
+        data_snapshot: _data_snapshot_pb2.DataSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "end_time", b"end_time", "evaluation", b"evaluation", "failure", b"failure", "gate", b"gate", "latest_progress", b"latest_progress", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "create_time", b"create_time", "data_snapshot", b"data_snapshot", "end_time", b"end_time", "evaluation", b"evaluation", "failure", b"failure", "gate", b"gate", "latest_progress", b"latest_progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_comment", b"cancel_comment", "config", b"config", "create_time", b"create_time", "end_time", b"end_time", "evaluation", b"evaluation", "failure", b"failure", "gate", b"gate", "kind", b"kind", "latest_progress", b"latest_progress", "model", b"model", "promoted", b"promoted", "run_id", b"run_id", "schedule_id", b"schedule_id", "stage", b"stage", "start_time", b"start_time", "state", b"state", "trials", b"trials", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_comment", b"cancel_comment", "config", b"config", "create_time", b"create_time", "data_snapshot", b"data_snapshot", "end_time", b"end_time", "evaluation", b"evaluation", "failure", b"failure", "gate", b"gate", "kind", b"kind", "latest_progress", b"latest_progress", "model", b"model", "promoted", b"promoted", "run_id", b"run_id", "schedule_id", b"schedule_id", "stage", b"stage", "start_time", b"start_time", "state", b"state", "trials", b"trials", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -406,6 +415,7 @@ class TrainingConfig(_message.Message):
     REFIT_FIELD_NUMBER: _builtins.int
     INITIAL_VERSION_FIELD_NUMBER: _builtins.int
     MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_SNAPSHOT_FIELD_NUMBER: _builtins.int
     size: Global___TrainingConfig.Size.ValueType
     """The named size. Defaults to `SIZE_SMALL`."""
     seed: _builtins.int
@@ -460,6 +470,14 @@ class TrainingConfig(_message.Message):
     def evaluation(self) -> Global___EvaluationConfig:
         """How to measure. Absent: every default."""
 
+    @_builtins.property
+    def data_snapshot(self) -> _data_snapshot_pb2.DataSnapshot:
+        """Reads what another run read instead of the log as it is now: with the
+        configuration of that run, on a machine of its kind, weights come out the
+        same, bit for bit. `window` chooses from it. A run whose snapshot is gone
+        fails with `DATA_SNAPSHOT_GONE`. Absent: the log as it is now.
+        """
+
     def __init__(
         self,
         *,
@@ -476,10 +494,11 @@ class TrainingConfig(_message.Message):
         refit: _builtins.bool | None = ...,
         initial_version: _builtins.str = ...,
         max_memory_bytes: _builtins.int = ...,
+        data_snapshot: _data_snapshot_pb2.DataSnapshot | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "_refit", b"_refit", "differential_privacy", b"differential_privacy", "evaluation", b"evaluation", "overrides", b"overrides", "promote", b"promote", "refit", b"refit", "window", b"window"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "_refit", b"_refit", "data_snapshot", b"data_snapshot", "differential_privacy", b"differential_privacy", "evaluation", b"evaluation", "overrides", b"overrides", "promote", b"promote", "refit", b"refit", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "_refit", b"_refit", "differential_privacy", b"differential_privacy", "evaluation", b"evaluation", "force", b"force", "initial_version", b"initial_version", "max_memory_bytes", b"max_memory_bytes", "max_train_seconds", b"max_train_seconds", "overrides", b"overrides", "promote", b"promote", "promote_alias", b"promote_alias", "refit", b"refit", "seed", b"seed", "size", b"size", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "_refit", b"_refit", "data_snapshot", b"data_snapshot", "differential_privacy", b"differential_privacy", "evaluation", b"evaluation", "force", b"force", "initial_version", b"initial_version", "max_memory_bytes", b"max_memory_bytes", "max_train_seconds", b"max_train_seconds", "overrides", b"overrides", "promote", b"promote", "promote_alias", b"promote_alias", "refit", b"refit", "seed", b"seed", "size", b"size", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__promote: _TypeAlias = _typing.Literal["promote"]  # noqa: Y015
     _WhichOneofArgType__promote: _TypeAlias = _typing.Literal["_promote", b"_promote"]  # noqa: Y015
