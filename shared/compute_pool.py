@@ -2,9 +2,12 @@
 
 Threads that compute in Python take turns at the interpreter lock: with dozens of them, every array operation
 gives the lock away and queues for it anew, and the slowest call of a second takes a hundred times the usual.
-So few compute at once, while one more has grpc fetch its message and send its answer: to wait for that with the
-interpreter idle would take a fifth of what a process can answer. A call that has to wait for the outside
-(`ComputePool.waiting`) leaves its place to another meanwhile, as a blocking call does in Go's scheduler or in Java's ForkJoinPool.ManagedBlocker.
+So few compute at once. A call that has to wait for the outside (`ComputePool.waiting`) leaves its place to another
+meanwhile, as a blocking call does in Go's scheduler or in Java's ForkJoinPool.ManagedBlocker.
+
+Calls come here with their message (`shared.deferred_calls`). Where grpcio does not allow that, a thread has to wait for
+each message, so one more has grpc fetch it and send the answer meanwhile: to wait with the interpreter idle would take a
+fifth of what a process can answer.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
 
+from shared import deferred_calls
 from shared.admission import Admission
 
-WITH_GRPC = 1
+WITH_GRPC = 0 if deferred_calls.AVAILABLE else 1
 """Threads beyond those that compute: one whose call grpc is still fetching, or already sending."""
 
 
@@ -26,20 +30,29 @@ class ComputePool(futures.ThreadPoolExecutor):
     """An executor for grpc's handlers. It is one of the standard library's only because grpc asks for that.
 
     Args:
-        places: calls that compute at once; one more may be with grpc.
+        places: calls that compute at once.
         admission: told of every call that comes, begins and ends.
         most_threads: the most threads, those that wait included; beyond, a call that waits keeps its place.
         patience_seconds: how long the queue may stand still until another thread serves it: a caller that sends its
             headers and not its message blocks a thread inside grpc, and must not block the others' calls.
+        with_grpc: threads beyond `places`, for calls that come without their message.
     """
 
     def __init__(
-        self, places: int, admission: Admission, most_threads: int, *, patience_seconds: float = 0.1
+        self,
+        places: int,
+        admission: Admission,
+        most_threads: int,
+        *,
+        patience_seconds: float = 0.1,
+        with_grpc: int = WITH_GRPC,
     ) -> None:
         super().__init__(max_workers=most_threads, thread_name_prefix="compute")
         self._admission = admission
         self._places = places
-        self._most_threads = max(places + WITH_GRPC, most_threads)
+        self._with_grpc = with_grpc
+        admission.workers = places + with_grpc
+        self._most_threads = max(places + with_grpc, most_threads)
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread_count = 0
@@ -54,8 +67,9 @@ class ComputePool(futures.ThreadPoolExecutor):
         self._this_thread = threading.local()
         for _ in range(places):
             self._turns.put(None)
-        threading.Thread(target=self._relieve, name="compute-relief", daemon=True).start()
-        for _ in range(places + WITH_GRPC):
+        if with_grpc:
+            threading.Thread(target=self._relieve, name="compute-relief", daemon=True).start()
+        for _ in range(places + with_grpc):
             self._add_thread()
 
     @property
@@ -67,8 +81,8 @@ class ComputePool(futures.ThreadPoolExecutor):
         """Changes how many calls compute at once; those under way are not disturbed."""
         with self._lock:
             more, self._places = places - self._places, places
-            self._most_threads = max(self._most_threads, places + WITH_GRPC)
-            self._admission.workers = places + WITH_GRPC
+            self._most_threads = max(self._most_threads, places + self._with_grpc)
+            self._admission.workers = places + self._with_grpc
             kept = min(max(more, 0), self._turns_too_many)
             self._turns_too_many += max(-more, 0) - kept
             for _ in range(max(more, 0) - kept):

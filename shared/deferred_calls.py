@@ -2,7 +2,8 @@
 
 grpcio's synchronous server keeps a thread for a call and wakes it three times: for the call, for its message, and
 for what the handler waits for. Of calls that wait for others, such as for a shared commit, that is most of the cost:
-some 300 µs of CPU a call, 95 without (see docs/decisions/0024-recording-calls-hold-no-thread.md). Its public
+some 300 µs of CPU a call, 95 without (see docs/decisions/0024-recording-calls-hold-no-thread.md); and calls that compute
+(`shared.compute_pool`) come to their few threads whole, so that these never stop to wait for a message. Its public
 interface has no other way. What is used of its inside is named in this module alone; where a release of grpcio has it
 no more, AVAILABLE is false, and calls are answered by threads as ever.
 """
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from prometheus_client import Gauge
 
 from shared.admission import Admission
-from shared.errors import DeadlineExceeded
+from shared.errors import DeadlineExceeded, InvalidInput
 from shared.observed_call import Method, ObservedCall
 
 _inside: Any = None
@@ -65,17 +67,27 @@ class DeferredCall:
 
     Attributes:
         request: the message, as bytes.
-        entered_at: as `Admission.enter` returned it; None before the message.
+        entered_at: as `Admission.enter` returned it; None before the message, and where nobody watches.
         expires_at: by the monotonic clock, when nobody waits any longer.
     """
 
-    __slots__ = ("_event", "_observation", "_pool", "_state", "entered_at", "expires_at", "request")
+    __slots__ = (
+        "_context",
+        "_event",
+        "_observation",
+        "_pool",
+        "_state",
+        "entered_at",
+        "expires_at",
+        "request",
+    )
 
     def __init__(self, pool: DeferredCalls, event: Any, state: Any) -> None:
         self._pool = pool
         self._event = event
         self._state = state
-        self._observation = ObservedCall(pool.method, _inside._Context(event, state, None))
+        self._context = _inside._Context(event, state, None)
+        self._observation = ObservedCall(pool.method, self._context)
         self.request: bytes | None = None
         self.entered_at: float | None = None
         self.expires_at = 0.0
@@ -96,6 +108,33 @@ class DeferredCall:
             self.fail(error)
             return False
         return True
+
+    def serve(
+        self,
+        behavior: Callable[[Any, Any], Any],
+        deserialize: Callable[[bytes], Any],
+        serialize: Callable[[Any], bytes],
+    ) -> None:
+        """Answers the call on this thread, by a handler of grpc's and the functions that belong to it."""
+        if not self.admit():
+            return
+        self._observation.attach()
+        try:
+            response = serialize(behavior(self._message(deserialize), self._context))
+        except Exception as error:
+            self.fail(error)
+        else:
+            self.answer(response)
+        finally:
+            self._observation.detach()
+
+    def _message(self, deserialize: Callable[[bytes], Any]) -> Any:
+        try:
+            return deserialize(self.request or b"")
+        except DecodeError as error:
+            raise InvalidInput(
+                "INVALID_REQUEST", f"The bytes are no message of this method: {error}."
+            ) from error
 
     def answer(self, response: bytes) -> None:
         """Ends the call with its response."""
@@ -170,19 +209,21 @@ class DeferredCalls(futures.ThreadPoolExecutor):
     Args:
         method: what is known of it.
         deferral: what becomes of its calls.
-        admission: told of every call; a call waits, in its eyes, until it is answered.
+        deadlines: ends calls whose time is up.
+        admission: told of every call; a call waits, in its eyes, until it is answered. None: `deferral` sees to that.
     """
 
-    def __init__(self, method: Method, deferral: Deferral, admission: Admission) -> None:
+    def __init__(
+        self, method: Method, deferral: Deferral, deadlines: Deadlines, admission: Admission | None = None
+    ) -> None:
         super().__init__(max_workers=1)
         self.method = method
         self._deferral = deferral
         self._begin = deferral.begin
         self._admission = admission
         self._under_way: dict[DeferredCall, None] = {}
-        self._closed = threading.Event()
         _UNDER_WAY.labels(method.name).set_function(self._under_way.__len__)
-        threading.Thread(target=self._sweep, name="deferred-calls", daemon=True).start()
+        deadlines.watch(self)
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Takes a call in; what grpc would have had done for it is not done."""
@@ -197,7 +238,8 @@ class DeferredCalls(futures.ThreadPoolExecutor):
 
     def received(self, call: DeferredCall) -> None:
         """The message of a call is there. Only now does it wait: a caller that stays silent is nobody's queue."""
-        call.entered_at = self._admission.enter()
+        if self._admission is not None:
+            call.entered_at = self._admission.enter()
         self._begin(call)
 
     def ended(self, call: DeferredCall) -> bool:
@@ -206,19 +248,38 @@ class DeferredCalls(futures.ThreadPoolExecutor):
             del self._under_way[call]
         except KeyError:
             return False
-        if call.entered_at is not None:
+        if self._admission is not None and call.entered_at is not None:
             self._admission.begin(call.entered_at)
             self._admission.end()
         return True
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends what watches over deadlines."""
+    def end_late(self, now: float) -> None:
+        """Ends the calls whose time is up."""
+        # A copy made in one step: calls come and go meanwhile.
+        for call in list(self._under_way):
+            if call.expires_at <= now:
+                call.fail(self._deferral.late())
+
+
+class Deadlines:
+    """Ends calls whose time is up, of any number of methods, on one thread."""
+
+    def __init__(self) -> None:
+        self._watched: list[DeferredCalls] = []
+        self._closed = threading.Event()
+
+    def watch(self, calls: DeferredCalls) -> None:
+        """Watches the calls of one method more."""
+        self._watched.append(calls)
+        if len(self._watched) == 1:
+            threading.Thread(target=self._sweep, name="deferred-calls", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the watching."""
         self._closed.set()
 
     def _sweep(self) -> None:
         while not self._closed.wait(SWEEP_SECONDS):
             now = time.monotonic()
-            # A copy made in one step: calls come and go meanwhile.
-            for call in list(self._under_way):
-                if call.expires_at <= now:
-                    call.fail(self._deferral.late())
+            for calls in tuple(self._watched):
+                calls.end_late(now)

@@ -16,10 +16,13 @@ from shared import deferred_calls, errors
 from shared.admission import Admission
 from shared.authorization import Gatekeeper
 from shared.compute_pool import ComputePool
-from shared.deferred_calls import DeferredCalls
+from shared.deferred_calls import Deadlines, Deferral, DeferredCall, DeferredCalls
 from shared.load_shedding import LoadShedding
 from shared.observed_call import Method, ObservedCall
 from shared.telemetry import Telemetry
+
+LONGEST_COMPUTING_SECONDS = 60.0
+"""After which a call that computes fails, where its caller would wait for ever."""
 
 _OPEN_STREAMS = Gauge("shopkeeper_grpc_open_streams", "Streams that occupy a thread.", ["grpc_service"])
 
@@ -50,6 +53,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._computing = computing
         self._computing_methods = computing_methods
         self._deferring = deferring
+        self._deadlines = Deadlines()
         self._told_at = -math.inf
         self._gatekeeper = gatekeeper
         self._max_stream_age_seconds = max_stream_age_seconds
@@ -57,6 +61,10 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._streams = threading.BoundedSemaphore(max_streams)
         self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
         self._methods: dict[str, Method] = {}
+
+    def close(self) -> None:
+        """Ends what watches over calls."""
+        self._deadlines.close()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         path: str = details.method
@@ -105,11 +113,18 @@ class CallInterceptor(grpc.ServerInterceptor):
         else:
             deferral = getattr(behavior, "deferral", None)
             computing = self._computing if name in self._computing_methods else None
-            wrapped = self._unary(method, behavior if computing is None else computing.in_turn(behavior))
+            if computing is not None:
+                behavior = computing.in_turn(behavior)
+            wrapped = self._unary(method, behavior)
             # By this attribute grpc takes another pool for one method.
             if deferral is not None and deferred_calls.AVAILABLE:
                 self._shedding.watch(self._deferring, [name])
-                wrapped.experimental_thread_pool = DeferredCalls(method, deferral, self._deferring)
+                wrapped.experimental_thread_pool = DeferredCalls(
+                    method, deferral, self._deadlines, self._deferring
+                )
+            elif computing is not None and deferred_calls.AVAILABLE:
+                deferral = _computed(computing, behavior, handler)
+                wrapped.experimental_thread_pool = DeferredCalls(method, deferral, self._deadlines)
             elif computing is not None:
                 wrapped.experimental_thread_pool = computing
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
@@ -201,3 +216,18 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _leave_stream(self, method: Method) -> None:
         _OPEN_STREAMS.labels(method.service).dec()
         self._streams.release()
+
+
+def _computed(computing: ComputePool, behavior: Any, handler: Any) -> Deferral:
+    """Returns how calls are answered by the threads that compute, which are given them whole."""
+    deserialize = handler.request_deserializer or bytes
+    serialize = handler.response_serializer or bytes
+
+    def begin(call: DeferredCall) -> None:
+        computing.submit(call.serve, behavior, deserialize, serialize)
+
+    return Deferral(begin, LONGEST_COMPUTING_SECONDS, _took_too_long)
+
+
+def _took_too_long() -> errors.ShopkeeperError:
+    return errors.DeadlineExceeded("DEADLINE_EXCEEDED", "The deadline passed before there was an answer.")

@@ -76,13 +76,11 @@ class ObservedCall:
 
     def __enter__(self) -> ObservedCall:
         self.begin()
-        deadline.begin(deadline.time_remaining_seconds(self._context, None))
-        if self._span is not None:
-            self._attached = trace_context.attach(trace.set_span_in_context(self._span))
+        self.attach()
         return self
 
     def begin(self) -> None:
-        """A call begins that no thread stays with; `end` ends it."""
+        """The call begins; `end` ends it, on whichever thread."""
         self._start = time.perf_counter()
         if self._method.telemetry.traces_exported:
             carrier = {
@@ -92,6 +90,19 @@ class ObservedCall:
             self._span = self._method.telemetry.tracer.start_span(
                 f"{self._method.service}/{self._method.name}", context=parent, kind=trace.SpanKind.SERVER
             )
+
+    def attach(self) -> None:
+        """What this thread does is done for the call, until `detach`."""
+        deadline.begin(deadline.time_remaining_seconds(self._context, None))
+        if self._span is not None:
+            self._attached = trace_context.attach(trace.set_span_in_context(self._span))
+
+    def detach(self) -> None:
+        """The thread is done with the call."""
+        deadline.end()
+        if self._attached is not None:
+            trace_context.detach(self._attached)
+            self._attached = None
 
     @property
     def span_context(self) -> trace.SpanContext:
@@ -110,10 +121,8 @@ class ObservedCall:
         self.error = error
 
     def __exit__(self, *_exception: object) -> None:
-        deadline.end()
         self.end()
-        if self._attached is not None:
-            trace_context.detach(self._attached)
+        self.detach()
 
     def end(self) -> None:
         """Counts and logs what became of the call. Before its answer is sent: an answered call is active no more."""

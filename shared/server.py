@@ -24,7 +24,7 @@ from shared import errors
 from shared.admission import Admission, Priority
 from shared.authentication import Authenticator, TokenVerifier
 from shared.authorization import Gatekeeper
-from shared.compute_pool import WITH_GRPC, ComputePool
+from shared.compute_pool import ComputePool
 from shared.interceptor import CallInterceptor
 from shared.load_shedding import AdmittedPool, LoadShedding
 from shared.settings import ServiceSettings
@@ -85,28 +85,25 @@ class GrpcServer:
         computing = None
         if computing_methods:
             computing = (
-                Admission(computing_threads + WITH_GRPC, settings.max_queue_seconds),
+                Admission(computing_threads, settings.max_queue_seconds),
                 frozenset(computing_methods),
             )
             self._computing = ComputePool(computing_threads, computing[0], threads)
+        self._interceptor = CallInterceptor(
+            telemetry,
+            self._draining,
+            LoadShedding(admission, priorities or {}, computing),
+            gatekeeper_of(settings),
+            self._computing,
+            frozenset(computing_methods),
+            Admission(1, settings.max_queue_seconds, always=DEFERRED_CALLS_THAT_ARE_NO_QUEUE, together=True),
+            max_stream_age_seconds=settings.max_stream_age_seconds,
+            # A quarter of the threads stays free for short calls and health checks.
+            max_streams=max(1, threads * 3 // 4),
+        )
         self._server = grpc.server(
             AdmittedPool(threads, admission),
-            interceptors=[
-                CallInterceptor(
-                    telemetry,
-                    self._draining,
-                    LoadShedding(admission, priorities or {}, computing),
-                    gatekeeper_of(settings),
-                    self._computing,
-                    frozenset(computing_methods),
-                    Admission(
-                        1, settings.max_queue_seconds, always=DEFERRED_CALLS_THAT_ARE_NO_QUEUE, together=True
-                    ),
-                    max_stream_age_seconds=settings.max_stream_age_seconds,
-                    # A quarter of the threads stays free for short calls and health checks.
-                    max_streams=max(1, threads * 3 // 4),
-                )
-            ],
+            interceptors=[self._interceptor],
             options=[
                 ("grpc.so_reuseport", int(shared_port)),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -213,6 +210,7 @@ class GrpcServer:
             self._probes.stop(None)
         if self._computing is not None:
             self._computing.shutdown()
+        self._interceptor.close()
         self._telemetry.close()
         self._stopped.set()
 

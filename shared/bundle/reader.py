@@ -43,6 +43,9 @@ from shared.bundle.manifest import (
 from shared.bundle.ranker import RANKER, Ranker, ranker_of
 from shared.bundle.scoring import Companion, CooccurrenceMatrix
 
+_PIECE = 1 << 22
+"""Numbers that are checked at a time."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bundle:
@@ -194,8 +197,14 @@ def _check_array(
     )
     if array.dtype != dtype or not fits:
         raise ValueError(f"array {name} is {array.shape} {array.dtype}, not {shape} {np.dtype(dtype)}")
-    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+    if np.issubdtype(array.dtype, np.floating) and not _is_finite(array):
         raise ValueError(f"array {name} holds a value that is not finite")
+
+
+def _is_finite(array: npt.NDArray[np.floating]) -> bool:
+    flat = array.reshape(-1)
+    # In pieces: a byte for each of the numbers of ten million vectors would be 640 MB for a moment.
+    return all(bool(np.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, len(flat), _PIECE))
 
 
 def _check_weights(weights: dict[str, Any], item_count: int, dimension: int) -> None:

@@ -512,6 +512,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def peak_rss_mb(pid: int) -> int:
+    """Returns the most memory that a process has had resident, MB: what loading took too."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return round(int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6)
+
+
 def environment() -> dict[str, Any]:
     """Returns what the numbers depend on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -589,6 +595,7 @@ def measured(bench: Bench, seconds: float, numbers: dict[str, Any]) -> Iterator[
     yield "grpcio_floor_cpu_ms", floor_cpu_ms(bench, requests, seconds / 2, shortest)
     yield "recall_at_100", round(bench.recall_at_100(), 4)
     yield "rss_mb", round(psutil.Process(bench.server.pid).memory_info().rss / 1e6)
+    yield "peak_rss_mb", peak_rss_mb(bench.server.pid)
     if bench.items <= LARGE:
         swapping = bench.while_swapping(requests, rate)
         yield "swaps", int(swapping["swaps"])

@@ -43,6 +43,8 @@ _MAX_REFUSED = 10
 _PENDING_RETRY_SECONDS = 1.0
 _MOST_KEPT_ITEMS = 2_000_000
 """Items up to which the version before is kept in memory, for a rollback."""
+_PIECE = 262_144
+"""Items that are worked on at a time where all of them would be a second copy of the model."""
 _MAX_UNIT_VECTORS = 200_000
 """Items up to which vectors of length 1 are kept beside the model's own; beyond, memory matters more."""
 
@@ -57,8 +59,7 @@ class BundleModel:
         self._item_vectors_ID = np.ascontiguousarray(bundle.item_vectors)
         self._item_bias_I = np.ascontiguousarray(bundle.item_bias)
         self.popularity_I: Float32 = np.ascontiguousarray(bundle.popularity)
-        norms_I = np.linalg.norm(self._item_vectors_ID, axis=1)
-        self._inverse_norms_I = np.where(norms_I > 0, 1 / np.maximum(norms_I, 1e-12), 0).astype(np.float32)
+        self._inverse_norms_I = _inverse_norms(self._item_vectors_ID)
         self._unit_vectors_ID: Float32 | None = None
         if bundle.item_count <= _MAX_UNIT_VECTORS:
             self._unit_vectors_ID = self._item_vectors_ID * self._inverse_norms_I[:, None]
@@ -266,6 +267,16 @@ class BundleModel:
         if companion.content_I is not None:
             score_I += companion.content_I
         return score_I
+
+
+def _inverse_norms(vectors_ID: Float32) -> Float32:
+    """Returns 1 / ‖v‖ of every row, (I,), float32; 0 for a row of zeros."""
+    norms_I = np.empty(len(vectors_ID), np.float32)
+    # In pieces: the squares of ten million vectors would be a second copy of them, 2.6 GB for a moment.
+    for start in range(0, len(vectors_ID), _PIECE):
+        piece = slice(start, start + _PIECE)
+        norms_I[piece] = np.linalg.norm(vectors_ID[piece], axis=1)
+    return np.where(norms_I > 0, 1 / np.maximum(norms_I, 1e-12), 0).astype(np.float32)
 
 
 def _outcome_weights(bundle: Bundle) -> tuple[float, float, float]:
