@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(CURDIR)/$(TOOLS)/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration judge protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose drill release clean
+.PHONY: help install demo up test lint types unit integration judge protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose dashboards drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -141,6 +141,9 @@ requirements:  ## Pin the requirements again, with hashes (needs uv)
 
 test-compose: $(INSTALLED)  ## The suite in real containers: paused, killed, cut off (skipped where no engine runs)
 	SHOPKEEPER_COMPOSE=1 pytest -q -rA --timeout 1800 tests/compose
+
+dashboards: $(INSTALLED) $(TOOLS)/.tried  ## Draw the dashboards of a busy shop, from a real Prometheus, into docs/dashboards
+	SHOPKEEPER_DASHBOARD_SECONDS=150 SHOPKEEPER_DASHBOARD_PICTURES=docs/dashboards pytest -q tests/integration/test_dashboards.py
 
 DEPLOY := .venv-deploy
 # Their own environment: their dependencies are not the suite's.

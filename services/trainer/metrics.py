@@ -15,6 +15,7 @@ from shared.errors import Unavailable
 
 REMEMBERED_SECONDS = 10.0
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+VERDICTS = ("PASSED", "FAILED")
 
 
 class RunMetrics:
@@ -91,6 +92,12 @@ class RunMetrics:
                 judged[row.model, row.verdict] += row.count
             if row.state == "SUCCEEDED":
                 succeeded[row.model] = max(succeeded.get(row.model, 0.0), row.last_end_seconds)
+        # Zeros before the first: a counter that is born with a one has not increased, and no alert would see it.
+        for model in drifted:
+            for state in ENDED:
+                states[model, state] += 0
+            for verdict in VERDICTS:
+                judged[model, verdict] += 0
         for (model, state), count in states.items():
             (ended if state in ENDED else under_way).add_metric([model, state.lower()], count)
         for (model, verdict), count in judged.items():

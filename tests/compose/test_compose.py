@@ -31,6 +31,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SERVICES = ("feedback", "profile", "trainer", "recommend")
+# The trainer has TensorFlow.
+LEAN = ("feedback", "profile", "recommend")
+MAX_LEAN_IMAGE_BYTES = 400_000_000
 PORTS = {name: 17001 + index for index, name in enumerate(SERVICES)}
 PROJECT = "shopkeeper-test"
 
@@ -147,7 +150,17 @@ def test_a_container_is_nobody_and_writes_nowhere(shop: Shop, service: str) -> N
     assert {part["name"] for part in parts["components"]} >= {"grpcio", "numpy", "shopkeeper-suite"}
 
 
-@pytest.mark.parametrize("service", ["feedback", "profile", "recommend"])
+@pytest.mark.parametrize("service", LEAN)
+def test_a_serving_image_is_small(shop: Shop, service: str) -> None:
+    image = inspect(service)["Image"]
+    described = subprocess.run(
+        ["docker", "image", "inspect", "--format", "{{.Size}}", image], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    print(f"{service}: {int(described.stdout) / 1e6:.0f} MB")
+    assert int(described.stdout) < MAX_LEAN_IMAGE_BYTES
+
+
+@pytest.mark.parametrize("service", LEAN)
 def test_a_serving_image_carries_no_tensorflow(shop: Shop, service: str) -> None:
     outcome = compose("exec", "-T", service, "python", "-c", "import tensorflow", check=False)
     assert "ModuleNotFoundError" in outcome.stderr

@@ -45,5 +45,5 @@ def metrics_in(expression: str) -> set[str]:
     bare = re.sub(r"\{[^}]*\}", "", expression)
     bare = re.sub(r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)", "", bare)
     bare = re.sub(r"\[[^\]]*\]", "", bare)
-    words = re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*\b(?!\s*\()", bare)
+    words = re.findall(r"(?<![\w:])[a-zA-Z_:][a-zA-Z0-9_:]*\b(?!\s*\()", bare)
     return set(words) - {"and", "or", "unless", "bool", "group_left", "group_right", "by", "offset"}

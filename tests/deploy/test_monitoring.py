@@ -102,6 +102,7 @@ def test_every_dashboard_is_delivered() -> None:
         ('sum by (le, stage) (rate(a_bucket{grpc_method="x"}[5m])) > 1', {"a_bucket"}),
         ("time() - max by (model) (b) > 7 * 86400", {"b"}),
         ("count(up == 1) > 0 unless count(c) > 0", {"up", "c"}),
+        ("increase(a[15m]) > 0 or (a unless a offset 15m) > 0", {"a"}),
         ("a / ignoring (cause) group_left sum(d)", {"a", "d"}),
     ],
 )

@@ -23,9 +23,11 @@ from shopkeeper.recommend.v1 import recommend_service_pb2_grpc
 from shopkeeper.trainer.v1 import trainer_service_pb2_grpc
 
 from shared.channel import open_channel
+from shared.tls import TlsDirectory
 
 SERVICES = ("feedback", "profile", "trainer", "recommend")
 START_SECONDS = 60.0
+POLICY = Path(__file__).resolve().parents[2] / "deploy" / "k8s" / "base" / "policy.yaml"
 CATEGORIES, ITEMS_PER_CATEGORY, SHOPPERS, VIEWS = 5, 12, 240, 12
 T = TypeVar("T")
 
@@ -56,11 +58,17 @@ def free_port() -> int:
 
 @dataclass
 class Suite:
-    """Four processes on free ports, sharing one database URL, one registry and one set of keys."""
+    """Four processes on free ports, sharing one database URL, one registry and one set of keys.
+
+    With `certificates`, a directory of `shopkeeper certs`, they speak mutual TLS under the shipped policy; the stubs are the operator's.
+    `settings` are more variables for all of them.
+    """
 
     home: Path
     database_url: str
     keys: Path
+    certificates: Path | None = None
+    settings: dict[str, str] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=lambda: {name: free_port() for name in SERVICES})
     metrics_ports: dict[str, int] = field(default_factory=lambda: {name: free_port() for name in SERVICES})
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -68,12 +76,17 @@ class Suite:
 
     def __post_init__(self) -> None:
         for name in SERVICES:
-            self.channels[name] = open_channel(f"127.0.0.1:{self.ports[name]}")
+            self.channels[name] = self.channel(name)
         self.feedback = feedback_service_pb2_grpc.FeedbackServiceStub(self.channels["feedback"])
         self.profile = profile_service_pb2_grpc.ProfileServiceStub(self.channels["profile"])
         self.catalog = catalog_service_pb2_grpc.CatalogServiceStub(self.channels["profile"])
         self.trainer = trainer_service_pb2_grpc.TrainerServiceStub(self.channels["trainer"])
         self.recommend = recommend_service_pb2_grpc.RecommendServiceStub(self.channels["recommend"])
+
+    def channel(self, service: str, identity: str = "operator") -> grpc.Channel:
+        """Returns a channel to a service, as somebody where the suite asks who calls."""
+        tls = TlsDirectory(self.certificates / identity) if self.certificates is not None else None
+        return open_channel(f"127.0.0.1:{self.ports[service]}", tls=tls)
 
     def start(self, *names: str) -> None:
         """Starts services and waits until their health says so."""
@@ -87,7 +100,11 @@ class Suite:
                 "SHOPKEEPER_LOG_LEVEL": "info",
                 "DATABASE_URL": self.database_url,
                 **{f"SHOPKEEPER_{n.upper()}_ADDRESS": f"127.0.0.1:{p}" for n, p in self.ports.items()},
+                **self.settings,
             }
+            if self.certificates is not None:
+                environment["SHOPKEEPER_TLS"] = str(self.certificates / name)
+                environment["SHOPKEEPER_POLICY"] = str(POLICY)
             log = self.log(name).open("ab")
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", f"services.{name}"], env=environment, stdout=log, stderr=log

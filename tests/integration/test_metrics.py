@@ -57,6 +57,9 @@ def test_the_trainer_tells_what_became_of_its_runs(trained: Suite) -> None:
         }
     assert samples["shopkeeper_trainer_runs_ended_total", (("model", "main"), ("state", "succeeded"))] >= 1
     assert samples["shopkeeper_trainer_gate_verdicts_total", (("model", "main"), ("verdict", "passed"))] >= 1
+    # Before the first of them: a counter that is born with a one has not increased, and no alert would see it.
+    assert samples["shopkeeper_trainer_runs_ended_total", (("model", "main"), ("state", "failed"))] == 0
+    assert samples["shopkeeper_trainer_gate_verdicts_total", (("model", "main"), ("verdict", "failed"))] == 0
     assert samples["shopkeeper_trainer_privacy_epsilon_limit", ()] > 0
 
 

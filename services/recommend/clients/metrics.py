@@ -11,6 +11,8 @@ from typing import Any
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
 
+from services.recommend.ports import DocumentKind
+
 DEGRADED = Counter(
     "shopkeeper_recommend_degraded_total", "Answers that went without something, by what.", ["cause"]
 )
@@ -37,6 +39,11 @@ CONFIGURATION_REFUSED = Counter(
     "Documents of serving configs and rules that were left out, by kind.",
     ["kind"],
 )
+# Zeros before the first: a counter that is born with a one has not increased.
+for _reason in ("BUNDLE_DAMAGED", "MODEL_VERSION_NOT_FOUND"):
+    BUNDLE_REFUSED.labels(_reason)
+for _kind in DocumentKind:
+    CONFIGURATION_REFUSED.labels(_kind.value)
 SHADOW_OVERLAP = Histogram(
     "shopkeeper_recommend_shadow_overlap",
     "Share of a page that a shadow model has too, by serving config.",
