@@ -152,26 +152,32 @@ def _empty(shares: Any) -> Any:
     )
 
 
-def measure_gradients(population: Population, delta: float, seeds: int) -> Iterator[dict[str, Any]]:
-    """Yields a measurement of DP-Adam for each epsilon and seed of sampling and noise."""
+def measure_gradients(
+    population: Population, delta: float, seeds: int, sampling_rate: float | None, steps: int | None
+) -> Iterator[dict[str, Any]]:
+    """Yields a measurement of DP-Adam for each epsilon and seed of sampling and noise.
+
+    Args:
+        sampling_rate, steps: in place of those of a private run.
+    """
     from services.trainer.privacy import gradients
 
     everyone = population.before
+    sampling_rate, steps = sampling_rate or gradients.SAMPLING_RATE, steps or gradients.STEPS
     for seed, epsilon in ((s, e) for s in range(seeds) for e in EPSILONS):
         started = time.process_time()
-        release = GaussianRelease(1.0, gradients.SAMPLING_RATE, gradients.STEPS)
-        noise = 0.0
+        release, noise = GaussianRelease(1.0, sampling_rate, steps), 0.0
         if epsilon is not None:
-            release = noise_for(epsilon, delta, gradients.SAMPLING_RATE, gradients.STEPS)
+            release = noise_for(epsilon, delta, sampling_rate, steps)
             noise = release.noise_multiplier
         model = gradients.train_gradients(
             everyone, population.attributes_of, release, _CLIP, SecureRandom(key_of(seed)),
-            1 / gradients.SAMPLING_RATE, noise=noise,
+            1 / sampling_rate, noise=noise,
         )  # fmt: skip
         served = gradients.contestants_of(model)
         yield {
             "contestant": "gradients", "epsilon": epsilon, "delta": delta if epsilon is not None else None,
-            "noise_multiplier": noise, "seed": seed, "train_cpu_seconds": round(time.process_time() - started, 1),
+            "noise_multiplier": noise, "sampling_rate": sampling_rate, "steps": steps, "seed": seed, "train_cpu_seconds": round(time.process_time() - started, 1),
             **population.measure(served, model.encode(population.test, population.held)),
         }  # fmt: skip
 
@@ -238,6 +244,10 @@ def main() -> None:
     parser.add_argument("--gradients", action="store_true")
     parser.add_argument("--gradient-people", type=int, default=100_000)
     parser.add_argument("--gradient-seeds", type=int, help="fewer than of the counts, which cost less")
+    parser.add_argument(
+        "--sampling-rate", type=float, help="of gradients, where a private run's would take too long"
+    )
+    parser.add_argument("--steps", type=int, help="of gradients")
     parser.add_argument("--counts", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--plot", type=Path)
     parser.add_argument(
@@ -269,8 +279,11 @@ def main() -> None:
         found = [measure_counts(population, deltas, arguments.seeds)] if arguments.counts else []
         if arguments.gradients and people <= arguments.gradient_people:
             found.append(
-                measure_gradients(population, deltas[0], arguments.gradient_seeds or arguments.seeds)
-            )
+                measure_gradients(
+                    population, deltas[0], arguments.gradient_seeds or arguments.seeds,
+                    arguments.sampling_rate, arguments.steps,
+                )
+            )  # fmt: skip
         for measurement in (m for part in found for m in part):
             label = population.name if "SIM" not in population.name else f"{population.name}, {people:,}"
             line = {"population": label, "people": people, "items": items, **measurement}

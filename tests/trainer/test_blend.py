@@ -13,16 +13,23 @@ from services.trainer.pipeline.blend import (
     CAUTIOUS,
     CAUTIOUS_WEIGHTS,
     FEATURES,
+    PRIOR,
     Blend,
     FeatureMaker,
     Terms,
     beats,
-    fit_conditional_logit,
+    choose,
     learn_blend,
+)
+from services.trainer.pipeline.conditional_logit import (
+    fit_by_halves,
+    fit_conditional_logit,
+    log_likelihood,
 )
 from services.trainer.pipeline.cooccurrence import PairCounts, count_cooccurrence
 from services.trainer.pipeline.dataset import (
     Cleaning,
+    HeldOut,
     ItemAttributes,
     clean,
     encode_attributes,
@@ -117,8 +124,8 @@ def test_a_batch_gets_what_each_of_its_histories_is_served() -> None:
         np.testing.assert_allclose(added_BI[row], companion.added(history_H), rtol=1e-4, atol=1e-5)
 
 
-def drawn_choices(people: int, weight_F: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(1)
+def drawn_choices(people: int, weight_F: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
     feature_nKF = generator.normal(size=(people, 30, len(weight_F))).astype(np.float32)
     score_nK = feature_nKF @ weight_F + generator.gumbel(size=(people, 30))
     return feature_nKF, score_nK.argmax(axis=1)
@@ -127,28 +134,28 @@ def drawn_choices(people: int, weight_F: np.ndarray) -> tuple[np.ndarray, np.nda
 def test_the_logit_finds_the_weights_that_choices_were_drawn_with() -> None:
     names = ("sequence", "forward", "backward")
     feature_nKF, place_n = drawn_choices(4_000, np.array([0.5, 1.2, -0.6]))
-    found = fit_conditional_logit(feature_nKF, place_n, names)
+    found = fit_conditional_logit(feature_nKF, place_n, names, PRIOR)
     np.testing.assert_allclose(list(found.values()), [0.5, 1.2, -0.6], atol=0.06)
     # A place without a candidate is as good as none.
     padded = np.concatenate([feature_nKF, np.full_like(feature_nKF[:, :2], np.nan)], axis=1)
     np.testing.assert_allclose(
-        list(fit_conditional_logit(padded, place_n, names).values()), list(found.values()), rtol=1e-4
+        list(fit_conditional_logit(padded, place_n, names, PRIOR).values()), list(found.values()), rtol=1e-4
     )
 
 
 def test_of_few_people_the_weights_stay_near_the_default() -> None:
     names = ("sequence", "forward", "backward")
     feature_nKF, place_n = drawn_choices(3, np.array([-2.0, 5.0, -3.0]))
-    found = fit_conditional_logit(feature_nKF, place_n, names)
+    found = fit_conditional_logit(feature_nKF, place_n, names, PRIOR)
     np.testing.assert_allclose(list(found.values()), [1.0, 0.7, 0.0], atol=0.4)
-    nobody = fit_conditional_logit(feature_nKF[:0], place_n[:0], names)
+    nobody = fit_conditional_logit(feature_nKF[:0], place_n[:0], names, PRIOR)
     assert nobody == {"sequence": 1.0, "forward": 0.7, "backward": 0.0}
 
 
 def test_the_model_and_the_counts_are_left_out_rather_than_turned_round() -> None:
     names = ("sequence", "forward", "backward")
     feature_nKF, place_n = drawn_choices(2_000, np.array([-1.0, 1.0, 0.0]))
-    found = fit_conditional_logit(feature_nKF, place_n, names)
+    found = fit_conditional_logit(feature_nKF, place_n, names, PRIOR)
     assert set(found) == {"forward", "backward"}
 
 
@@ -158,13 +165,17 @@ def learned(draws: list[list[int]], vectors_of_walk: bool) -> Blend:
     training = histories.first(split.training_U)
     generator = np.random.default_rng(0)
     vectors_ID = generator.normal(size=(histories.item_count, 8)).astype(np.float32)
-    query_BD = generator.normal(size=(len(split.validation), 8)).astype(np.float32)
     if vectors_of_walk:
         vectors_ID = np.eye(histories.item_count, dtype=np.float32)
-        query_BD = 4 * vectors_ID[split.validation.target_B]
+
+    def encode(asked: HeldOut) -> np.ndarray:
+        if vectors_of_walk:
+            return 4 * vectors_ID[asked.target_B]
+        return generator.normal(size=(len(asked), 8)).astype(np.float32)
+
     counts = count_cooccurrence(training, 50)
     maker = FeatureMaker(vectors_ID, Terms(*counts, None, popularity(training)))
-    return learn_blend(histories, split.validation, query_BD, maker, popularity(training), False, seed=0)
+    return learn_blend(histories, split.validation, encode, maker, popularity(training), False, seed=0)
 
 
 def test_what_does_not_clearly_beat_popularity_is_not_served() -> None:
@@ -172,7 +183,7 @@ def test_what_does_not_clearly_beat_popularity_is_not_served() -> None:
     share_I = np.arange(200, 0, -1) ** 2.0
     draws = [generator.choice(200, 3, p=share_I / share_I.sum()).tolist() for _ in range(30)]
     blend = learned(draws, vectors_of_walk=False)
-    assert blend.fell_back
+    assert blend.served in {CAUTIOUS, "popularity"}
     assert not {name for name, weight in blend.weights.items() if weight} - set(CAUTIOUS_WEIGHTS)
 
 
@@ -182,9 +193,9 @@ def test_where_nothing_is_learned_counts_are_served_with_popularity_only_if_they
 ) -> None:
     monkeypatch.setattr(blend_module, "beats", lambda *_: False)
     blend = learned(draws, vectors_of_walk=True)
-    assert blend.fell_back
     helps = blend.ndcg[CAUTIOUS] > blend.ndcg["popularity"]
     assert helps == (len(draws) == 40)
+    assert blend.served == (CAUTIOUS if helps else "popularity")
     expected = CAUTIOUS_WEIGHTS if helps else {"popularity": 1.0}
     assert blend.weights == {name: expected.get(name, 0.0) for name in FEATURES}
     assert ("counts" in describe_blend(blend)[0].split(":")[-1]) == helps
@@ -192,9 +203,66 @@ def test_where_nothing_is_learned_counts_are_served_with_popularity_only_if_they
 
 def test_a_model_that_knows_is_served_also_where_people_are_few() -> None:
     blend = learned(walk(users=40, items=60), vectors_of_walk=True)
-    assert not blend.fell_back
+    assert blend.served == "blend"
     assert blend.weights["sequence"] > 0.5
     assert blend.ndcg["blend"] > blend.ndcg["popularity"]
+
+
+def test_a_blend_that_loses_to_one_of_its_parts_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Weights that drown a model which knows: better than popularity still, worse than the model.
+    drowned = {"sequence": 0.3, "forward": 0.0, "backward": 0.0, "popularity": 3.0}
+    monkeypatch.setattr(blend_module, "fit_conditional_logit", lambda *_, **__: drowned)
+    monkeypatch.setattr(blend_module, "fit_by_halves", lambda *_: (20.0, [drowned, drowned]))
+    blend = learned(walk(users=60, items=60), vectors_of_walk=True)
+    assert blend.ndcg["blend"] < blend.ndcg["sequence"]
+    assert blend.served == "sequence"
+    assert {name: weight for name, weight in blend.weights.items() if weight} == {"sequence": 1.0}
+    assert "sequence alone is served" in describe_blend(blend)[0]
+
+
+def test_of_several_better_parts_the_best_is_served_and_none_that_chance_explains() -> None:
+    zero = np.zeros(100)
+    qualities = {"blend": zero + 0.2, "popularity": zero, "sequence": zero + 0.3, "forward": zero + 0.4}
+    assert choose({**qualities, CAUTIOUS: zero}) == "forward"
+    one_person = zero + 0.2
+    one_person[0] = 1.0
+    assert choose({**qualities, "sequence": one_person, "forward": zero, CAUTIOUS: zero}) == "blend"
+
+
+def test_likelihood_of_choices_equals_the_formula_in_loops() -> None:
+    names = ("sequence", "forward")
+    feature_nKF, place_n = drawn_choices(20, np.array([0.7, 0.4]))
+    feature_nKF[3, 5] = np.nan
+    place_n[3] = 0
+    weights = {"sequence": 0.7, "forward": 0.4}
+    expected = 0.0
+    for row, place in enumerate(place_n):
+        scores = [0.7 * f[0] + 0.4 * f[1] for f in feature_nKF[row].astype(float) if not np.isnan(f[0])]
+        taken = 0.7 * float(feature_nKF[row, place, 0]) + 0.4 * float(feature_nKF[row, place, 1])
+        expected += taken - np.log(np.exp(scores).sum())
+    assert log_likelihood(feature_nKF, place_n, names, weights) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_prior_holds_the_more_the_less_people_foretell_of_each_other() -> None:
+    names = ("sequence", "forward", "backward")
+
+    def precisions(people: int, truth: list[float]) -> list[float]:
+        found = []
+        for seed in range(9):
+            feature_nKF, place_n = drawn_choices(people, np.array(truth), seed)
+            half_n = np.arange(people) % 2
+            precision, taught_by_other = fit_by_halves(feature_nKF, place_n, half_n, names, PRIOR)
+            for half in (0, 1):
+                others = half_n != half
+                expected = fit_conditional_logit(
+                    feature_nKF[others], place_n[others], names, PRIOR, precision
+                )
+                assert taught_by_other[half] == pytest.approx(expected)
+            found.append(precision)
+        return found
+
+    assert np.median(precisions(30, [1.0, 0.7, 0.0])) > 100
+    assert max(precisions(1_000, [0.2, 2.0, -1.0])) < 100
 
 
 def test_a_lead_must_be_larger_than_chance_explains() -> None:

@@ -281,3 +281,34 @@ def test_typed_attributes_go_before_words_and_values_of_one_item_tell_nothing() 
     encoded = encode_attributes(["a", "b", "c", "d"], attributes_of, max_places=1, min_items_of_word=2)
     assert encoded.attribute_count == 2
     assert encoded.attribute_IP.tolist() == [[1], [1], [2], [0]]
+
+
+def test_what_only_training_needs_goes_back_to_the_system_and_the_model_reads_as_before() -> None:
+    from services.trainer.pipeline.describing import resident_bytes
+    from services.trainer.pipeline.sequence_model import SequenceModel
+
+    items = 150_000
+    attributes = ItemAttributes(np.zeros((items, 0), np.int32), 0)
+    model = SequenceModel(items, attributes, resolve("tiny", {"dimension": 64}), seed=1)
+    model.set_weights([np.random.default_rng(n).normal(size=w.shape) for n, w in enumerate(model.weights())])
+    for moments in model._moments:
+        for moment in moments:
+            moment.assign_add(np.ones(moment.shape, np.float32))
+    # The averages begin as the tables and may lie where those do.
+    vectors_ID, held_before = model.item_vectors(), resident_bytes()
+    model.end_training()
+    table_bytes = vectors_ID.nbytes
+    assert held_before - resident_bytes() > 1.9 * table_bytes
+    np.testing.assert_array_equal(model.item_vectors(), vectors_ID)
+
+
+def test_averages_that_lie_where_the_tables_do_are_not_forgotten() -> None:
+    from services.trainer.pipeline.sequence_model import SequenceModel
+
+    model = SequenceModel(
+        5_000, ItemAttributes(np.zeros((5_000, 0), np.int32), 0), resolve("tiny", {}), seed=2
+    )
+    vectors_ID = model.item_vectors()
+    model._averages[0].assign(model.id_table.read_value())
+    model.end_training()
+    np.testing.assert_array_equal(model.item_vectors(), vectors_ID)

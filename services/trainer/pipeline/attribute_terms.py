@@ -86,18 +86,25 @@ class AttributeTerms:
         width = min(items, rank + _OVERSAMPLING)
 
         def product(right_IR: Float32, lift_AA: Float32) -> Float32:
-            found_IR: Float32 = np.float32(similarity) * (self.x_IA @ (self.x_IA.T @ right_IR))
-            found_IR += np.float32(transition) * (self.y_IA @ (lift_AA @ (self.y_IA.T @ right_IR)))
-            if content and self.content_IC is not None:
-                found_IR += np.float32(content) * (self.content_IC @ (self.content_IC.T @ right_IR))
+            found_IR = np.asarray(self.x_IA @ (np.float32(similarity) * (self.x_IA.T @ right_IR)), np.float32)
+            after_AR = np.float32(transition) * (lift_AA @ (self.y_IA.T @ right_IR))
+            content_IC = self.content_IC if content else None
+            of_content_CR = np.zeros((0, 0), np.float32)
+            if content_IC is not None:
+                of_content_CR = np.float32(content) * (content_IC.T @ right_IR)
+            # By parts: of 200,000 items each of these matrices is 64 MB.
+            for first in range(0, items, _GRAM_ROWS):
+                rows = slice(first, first + _GRAM_ROWS)
+                found_IR[rows] += self.y_IA[rows] @ after_AR
+                if content_IC is not None:
+                    found_IR[rows] += content_IC[rows] @ of_content_CR
             return found_IR
 
-        # In single precision: of 200,000 items each of these matrices is 64 MB.
-        start_IR = np.random.default_rng(0).standard_normal((items, width), np.float32)
-        basis_IR = _orthonormal(product(start_IR, self.lift_AA))
+        basis_IR = np.random.default_rng(0).standard_normal((items, width), np.float32)
+        basis_IR = _orthonormal(product(basis_IR, self.lift_AA))
         for _ in range(_POWER_ITERATIONS):
-            other_IR = _orthonormal(product(basis_IR, self.lift_AA.T))
-            basis_IR = _orthonormal(product(other_IR, self.lift_AA))
+            basis_IR = _orthonormal(product(basis_IR, self.lift_AA.T))
+            basis_IR = _orthonormal(product(basis_IR, self.lift_AA))
         # M is close to Q (M' Q)', and M' Q = K S L' of the eigenvectors L of its small Gram matrix.
         seen_IR = product(basis_IR, self.lift_AA.T)
         size_R, left_RR = _singular(seen_IR)
@@ -125,12 +132,15 @@ def _singular(tall_IR: Float32) -> tuple[npt.NDArray[np.float64], npt.NDArray[np
 
 
 def _orthonormal(tall_IR: Float32) -> Float32:
-    """Returns an orthonormal basis of the columns, (I, R); columns of zeros where there are fewer."""
+    """Makes the columns an orthonormal basis of themselves, in place; columns of zeros where there are fewer."""
     # Twice: the first leaves what the rounding of single precision does.
     for _ in range(2):
         size_R, vectors_RR = _singular(tall_IR)
         inverse_R = np.divide(1.0, size_R, out=np.zeros_like(size_R), where=size_R > 0)
-        tall_IR = tall_IR @ (vectors_RR * inverse_R).astype(np.float32)
+        turned_RR = (vectors_RR * inverse_R).astype(np.float32)
+        for first in range(0, len(tall_IR), _GRAM_ROWS):
+            rows = slice(first, first + _GRAM_ROWS)
+            tall_IR[rows] = tall_IR[rows] @ turned_RR
     return tall_IR
 
 

@@ -1,22 +1,23 @@
 """The weights of the blend, learned on the validation events. NumPy and SciPy.
 
-A conditional logit (McFadden, 1974): of the items a person could have taken next, which one was it?
+A conditional logit: of the items a person could have taken next, which one was it?
 
     p(i | history) = exp(w · f_i) / sum_j exp(w · f_j)
 
-f are the terms of `FEATURES`, w their weights, found by Newton's method with a Gaussian prior around `DEFAULT_WEIGHTS`: the
-fewer the people, the closer to it. The items that compete are those that the default blend ranks highest; where
-people are few, all of them.
+f are the terms of `FEATURES`, w their weights, with a Gaussian prior around `DEFAULT_WEIGHTS`: the
+fewer the people, the closer to it. How narrow the prior is, is what foretells best what each half of the people took by what
+the other half taught. The items that compete are those that the default blend ranks highest; where people are few, all of them.
 
 What was learned must beat popularity on people whose events it was not learned from, by more than chance explains, or
-popularity is served: with counts at a fixed weight where that does better on them, else alone.
+popularity is served: with counts at a fixed weight where that does better on them, else alone. And none of its own parts may
+beat it there by more than chance explains, or that part is served.
 
 n = people, K = candidates, F = features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,11 @@ import numpy.typing as npt
 
 from services.trainer.pipeline.attribute_terms import AttributeTerms
 from services.trainer.pipeline.batch_companion import Neighbours, recency_weights
+from services.trainer.pipeline.conditional_logit import Prior, fit_by_halves, fit_conditional_logit
 from services.trainer.pipeline.cooccurrence import PairCounts
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
 from services.trainer.pipeline.evaluation import (
+    BLEND,
     chunks,
     ndcg_at_10,
     popularity_bias,
@@ -46,15 +49,15 @@ SIMILARITY, TRANSITION, CONTENT = "similarity", "transition", "content"
 POPULARITY, REPEAT = "popularity", "repeat"
 FEATURES = (SEQUENCE, FORWARD, BACKWARD, SIMILARITY, TRANSITION, CONTENT, POPULARITY, REPEAT)
 DEFAULT_WEIGHTS = {SEQUENCE: 1.0, FORWARD: 0.7}
+PRIOR = Prior(DEFAULT_WEIGHTS, never_negative=(SEQUENCE, FORWARD))
 # Of a log that is too thin to learn from: popularity, and what was seen to follow or to go before, as order tells little of so few.
 # Once seen makes an item (1 + scale)^2 = 36 times as likely as its popularity says: of a few neighbours each is one in a few.
 CAUTIOUS, CAUTIOUS_WEIGHTS = "popularity with counts", {POPULARITY: 1.0, FORWARD: 2.0, BACKWARD: 2.0}
-_NEVER_NEGATIVE = (SEQUENCE, FORWARD)
+# What the blend must not lose to: the Transformer, and counts with the more popular first where they say nothing.
+PARTS = {SEQUENCE: {SEQUENCE: 1.0}, FORWARD: {FORWARD: 1.0, POPULARITY: 1e-3}}
 
 SCALE, QUERY_DECAY, WINDOW = 5.0, float(np.exp(-0.5)), 50
 ATTRIBUTE_RANK = 64
-# The precision of the prior: of a person's event, about a unit of information is learned on each weight.
-_PRIOR_PRECISION = 20.0
 _CANDIDATES = 120
 # (n, K) cells of features that are held, and (B, I) cells that are scored to find them.
 _CANDIDATE_CELLS, _SCORED_CELLS = 3_000_000, 100_000_000
@@ -96,15 +99,16 @@ class Blend:
     Attributes:
         weights: of each feature, 0 where it takes no part.
         people: whose events taught them.
-        fell_back: what was learned is not served, but popularity, alone or with counts at a fixed weight.
-        ndcg: NDCG@10 on validation people that did not teach: of the blend, of popularity, and where it fell back, of
-            popularity with counts.
+        served: `BLEND`, or what is served in place of what was learned: `POPULARITY`, `CAUTIOUS` or one of `PARTS`.
+        ndcg: NDCG@10 of each of these on validation people that did not teach.
+        precision: of the prior.
     """
 
     weights: Mapping[str, float]
     people: int
-    fell_back: bool
+    served: str
     ndcg: Mapping[str, float]
+    precision: float
 
     def scoring(self) -> ScoringParameters:
         """Returns the constants that are served."""
@@ -179,7 +183,7 @@ class FeatureMaker:
 def learn_blend(
     histories: Histories,
     validation: HeldOut,
-    query_BD: Float32,
+    encode: Callable[[HeldOut], Float32],
     maker: FeatureMaker,
     popularity_I: Float32,
     exclude_seen: bool,
@@ -188,43 +192,51 @@ def learn_blend(
     """Returns the weights that foretell the validation events best, or those of popularity, see the module.
 
     Args:
-        query_BD: the Transformer's query before each validation event.
+        encode: returns the Transformer's query before each event that it is asked about, (B, D); of a large log those are few.
         popularity_I: plain counts, which the blend must beat.
     """
     items = histories.item_count
     low, high = _PEOPLE
     taught = sample_rows(len(validation), min(high, max(low, _SCORED_CELLS // items)), seed)
     names = maker.names(exclude_seen)
-    people, query = validation.take(taught), query_BD[taught]
+    people = validation.take(taught)
+    query = encode(people)
     feature_nKF, place_n, row_n = _candidates(histories, people, query, maker, names, exclude_seen)
-    weights = fit_conditional_logit(feature_nKF, place_n, names)
 
     # Each half of the people is judged by what the other half taught.
     half_B = np.random.default_rng(seed + 5).permutation(len(taught)) % 2
+    precision, taught_by_other = fit_by_halves(feature_nKF, place_n, half_B[row_n], names, PRIOR)
+    weights = fit_conditional_logit(feature_nKF, place_n, names, PRIOR, precision)
+
     low, high = _CHECKED_PEOPLE
     checked = sample_rows(len(taught), min(high, max(low, _CHECKED_CELLS // items)), seed + 6)
-    rank_C = np.empty(len(checked), np.int64)
+    fixed = {**PARTS, CAUTIOUS: CAUTIOUS_WEIGHTS}
+    rank_of = {name: np.empty(len(checked), np.int64) for name in (BLEND, *fixed)}
     for half in (0, 1):
-        others = half_B[row_n] != half
-        taught_by_others = fit_conditional_logit(feature_nKF[others], place_n[others], names)
         mine = np.flatnonzero(half_B[checked] == half)
         rows = checked[mine]
-        rank_C[mine] = _ranks(
-            histories, people.take(rows), query[rows], maker, names, taught_by_others, exclude_seen
-        )
-    blended_C = ndcg_at_10(rank_C)
-    popular_C = ndcg_at_10(rank_by_fixed_scores(histories, people.take(checked), popularity_I, exclude_seen))
-    quality = {"blend": float(blended_C.mean()), "popularity": float(popular_C.mean())}
-    fell_back = not beats(blended_C, popular_C)
-    if fell_back:
-        rank_C = _ranks(
-            histories, people.take(checked), query[checked], maker, names, CAUTIOUS_WEIGHTS, exclude_seen
-        )
-        quality[CAUTIOUS] = float(ndcg_at_10(rank_C).mean())
+        found = _ranks(
+            histories, people.take(rows), query[rows], maker, names,
+            {BLEND: taught_by_other[half], **fixed}, exclude_seen,
+        )  # fmt: skip
+        for name, rank_B in found.items():
+            rank_of[name][mine] = rank_B
+    rank_of[POPULARITY] = rank_by_fixed_scores(histories, people.take(checked), popularity_I, exclude_seen)
+    quality_of = {name: ndcg_at_10(rank_C) for name, rank_C in rank_of.items()}
+    served = choose(quality_of)
+    chosen = {BLEND: weights, POPULARITY: {POPULARITY: 1.0}, **fixed}[served]
+    ndcg = {name: float(quality_C.mean()) for name, quality_C in quality_of.items()}
+    return Blend({name: chosen.get(name, 0.0) for name in FEATURES}, len(row_n), served, ndcg, precision)
+
+
+def choose(quality_of: Mapping[str, Float64]) -> str:
+    """Returns what is served, by the quality of each for people that did not teach it, (C,) in [0, 1]; see the module."""
+    mean = {name: float(quality_C.mean()) for name, quality_C in quality_of.items()}
+    if not beats(quality_of[BLEND], quality_of[POPULARITY]):
         # Nothing was learned, so that nothing need be proved: what does better than popularity may be served.
-        cautious = quality[CAUTIOUS] > quality["popularity"]
-        weights = CAUTIOUS_WEIGHTS if cautious else {POPULARITY: 1.0}
-    return Blend({name: weights.get(name, 0.0) for name in FEATURES}, len(row_n), fell_back, quality)
+        return CAUTIOUS if mean[CAUTIOUS] > mean[POPULARITY] else POPULARITY
+    better = [name for name in PARTS if beats(quality_of[name], quality_of[BLEND])]
+    return max(better, key=mean.__getitem__, default=BLEND)
 
 
 def beats(quality_B: Float64, other_B: Float64) -> bool:
@@ -234,75 +246,24 @@ def beats(quality_B: Float64, other_B: Float64) -> bool:
     return bool(lead_B.mean() > margin)
 
 
-def fit_conditional_logit(
-    feature_nKF: Float32,
-    place_n: Int64,
-    names: Sequence[str],
-    precision: float = _PRIOR_PRECISION,
-) -> dict[str, float]:
-    """Returns the weights of greatest posterior probability, by name.
-
-    Args:
-        feature_nKF: of each candidate of each person; not a number in the first feature where there is none.
-        place_n: which candidate was taken.
-        precision: of the prior.
-    """
-    free = list(names)
-    while True:
-        columns = [names.index(name) for name in free]
-        prior_F = np.array([DEFAULT_WEIGHTS.get(name, 0.0) for name in free])
-        weight_F = _newton(feature_nKF[:, :, columns], place_n, prior_F, precision)
-        negative = [
-            name
-            for name, weight in zip(free, weight_F, strict=True)
-            if weight < 0 and name in _NEVER_NEGATIVE
-        ]
-        if not negative:
-            return dict(zip(free, weight_F.tolist(), strict=True))
-        free = [name for name in free if name not in negative]
-
-
-def _newton(
-    feature_nKF: Float32, place_n: Int64, prior_F: Float64, precision: float, iterations: int = 40
-) -> Float64:
-    """Maximises sum_n log p(taken) - precision / 2 |w - prior|^2; every step is at most 1 long."""
-    weight_F = prior_F.copy()
-    absent_nK = np.isnan(feature_nKF[:, :, 0])
-    known_nKF = np.nan_to_num(feature_nKF)
-    taken_nF = known_nKF[np.arange(len(place_n)), place_n]
-    for _ in range(iterations):
-        score_nK = np.where(absent_nK, -np.inf, known_nKF @ weight_F.astype(np.float32))
-        score_nK -= score_nK.max(axis=1, keepdims=True)
-        p_nK = np.exp(score_nK, dtype=np.float64)
-        p_nK /= p_nK.sum(axis=1, keepdims=True)
-        mean_nF = np.einsum("nk,nkf->nf", p_nK, known_nKF)
-        gradient_F = (taken_nF - mean_nF).sum(axis=0) - precision * (weight_F - prior_F)
-        flat_NF = known_nKF.reshape(-1, len(prior_F)).astype(np.float64)
-        hessian_FF = flat_NF.T @ (flat_NF * p_nK.reshape(-1, 1)) - mean_nF.T @ mean_nF
-        step_F = np.linalg.solve(hessian_FF + precision * np.eye(len(prior_F)), gradient_F)
-        longest = float(np.abs(step_F).max())
-        weight_F += step_F / max(longest, 1.0)
-        if longest < 1e-4:
-            break
-    return weight_F
-
-
-def _scored(
+def _described(
     histories: Histories,
     people: HeldOut,
     query_BD: Float32,
     maker: FeatureMaker,
     names: Sequence[str],
-    weights: Mapping[str, float],
     exclude_seen: bool,
-) -> Iterator[tuple[slice, HeldOut, dict[str, Float32], Float32, npt.NDArray[np.bool_] | None]]:
-    """Yields rows, their events, features, scores by the weights, and what must not be ranked."""
+) -> Iterator[tuple[slice, HeldOut, dict[str, Float32], npt.NDArray[np.bool_] | None]]:
+    """Yields rows, their events, their features, and what must not be ranked."""
     for rows, part, seen, excluded_BI in chunks(histories, people, exclude_seen):
-        features = maker.of(query_BD[rows], seen, names)
-        score_BI = np.zeros(features[SEQUENCE].shape, np.float32)
-        for name, weight in weights.items():
-            score_BI += np.float32(weight) * features[name]
-        yield rows, part, features, score_BI, excluded_BI
+        yield rows, part, maker.of(query_BD[rows], seen, names), excluded_BI
+
+
+def _weighted(features: Mapping[str, Float32], weights: Mapping[str, float]) -> Float32:
+    score_BI = np.zeros(features[SEQUENCE].shape, np.float32)
+    for name, weight in weights.items():
+        score_BI += np.float32(weight) * features[name]
+    return score_BI
 
 
 def _ranks(
@@ -311,15 +272,17 @@ def _ranks(
     query_BD: Float32,
     maker: FeatureMaker,
     names: Sequence[str],
-    weights: Mapping[str, float],
+    weightings: Mapping[str, Mapping[str, float]],
     exclude_seen: bool,
-) -> Int64:
-    rank_B = np.empty(len(people), np.int64)
-    for rows, part, _, score_BI, excluded_BI in _scored(
-        histories, people, query_BD, maker, names, weights, exclude_seen
+) -> dict[str, Int64]:
+    """Returns the rank of each held-out item by each of the weightings, (B,)."""
+    rank_of = {name: np.empty(len(people), np.int64) for name in weightings}
+    for rows, part, features, excluded_BI in _described(
+        histories, people, query_BD, maker, names, exclude_seen
     ):
-        rank_B[rows] = rank_of_target(score_BI, part.target_B, excluded_BI)
-    return rank_B
+        for name, weights in weightings.items():
+            rank_of[name][rows] = rank_of_target(_weighted(features, weights), part.target_B, excluded_BI)
+    return rank_of
 
 
 def _candidates(
@@ -339,9 +302,10 @@ def _candidates(
     found: list[Float32] = [np.zeros((0, kept, len(names)), np.float32)]
     places: list[Int64] = [np.zeros(0, np.int64)]
     whose: list[Int64] = [np.zeros(0, np.int64)]
-    for rows, part, features, score_BI, excluded_BI in _scored(
-        histories, people, query_BD, maker, names, DEFAULT_WEIGHTS, exclude_seen
+    for rows, part, features, excluded_BI in _described(
+        histories, people, query_BD, maker, names, exclude_seen
     ):
+        score_BI = _weighted(features, DEFAULT_WEIGHTS)
         if excluded_BI is not None:
             score_BI = np.where(excluded_BI, -np.inf, score_BI)
         best_BK = np.argpartition(-score_BI, kept - 1, axis=1)[:, :kept]

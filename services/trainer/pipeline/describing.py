@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from services.trainer.pipeline.blend import CAUTIOUS, FORWARD, Blend
+from services.trainer.pipeline.blend import PARTS, Blend
 from services.trainer.pipeline.dataset import EventColumns, Histories
 from services.trainer.pipeline.evaluation import BLEND
 from services.trainer.pipeline.report import Comparison, Report
@@ -107,18 +107,21 @@ def for_card(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_blend(blend: Blend) -> list[str]:
     weights = ", ".join(f"{name} {weight:.2f}" for name, weight in blend.weights.items() if weight)
-    judged = (
-        f"NDCG@10 on validation people that did not teach it {blend.ndcg['blend']:.4f}, "
-        f"of popularity {blend.ndcg['popularity']:.4f}"
-    )
-    if blend.fell_back:
-        served = CAUTIOUS if blend.weights[FORWARD] else "popularity"
+    others = ", ".join(f"{name} {value:.4f}" for name, value in blend.ndcg.items() if name != BLEND)
+    judged = f"NDCG@10 on validation people that did not teach it {blend.ndcg[BLEND]:.4f}; {others}"
+    if blend.served in PARTS:
         return [
-            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}, of popularity "
-            f"with counts {blend.ndcg[CAUTIOUS]:.4f}): {served} is served."
+            f"The blend learned from {blend.people} people is clearly beaten by one of its parts ({judged}): "
+            f"{blend.served} alone is served."
+        ]
+    if blend.served != BLEND:
+        return [
+            f"The blend learned from {blend.people} people does not clearly beat popularity ({judged}): "
+            f"{blend.served} is served."
         ]
     return [
-        f"Blend weights learned from the validation events of {blend.people} people: {weights}.",
+        f"Blend weights learned from the validation events of {blend.people} people, under a prior of precision "
+        f"{blend.precision:g}: {weights}.",
         judged + ".",
     ]
 

@@ -17,11 +17,13 @@ import tensorflow as tf
 
 from services.trainer.pipeline.dataset import HeldOut, Histories
 from services.trainer.pipeline.evaluation import ndcg_at_10, rank_by_query
+from services.trainer.pipeline.memory import end_variables
 
 Float32 = npt.NDArray[np.float32]
 
 _DIMENSION = 32
-_BATCH = 4096
+# A step moves every row of both tables, whatever its pairs: a large log is taken in larger steps.
+_BATCH, _STEPS_OF_PASS = 4096, 60
 _NEGATIVES = 4
 _MAX_PASSES, _PATIENCE = 20, 3
 _LEARNING_RATE = 3e-3
@@ -55,9 +57,8 @@ class FoundingModel:
     def train_pass(self, histories: Histories) -> None:
         """Makes one pass over the pairs."""
         user_E = np.repeat(np.arange(histories.user_count, dtype=np.int32), histories.length_U)
-        for taken in np.array_split(
-            self._generator.permutation(len(user_E)), max(1, round(len(user_E) / _BATCH))
-        ):
+        steps = max(1, min(_STEPS_OF_PASS, round(len(user_E) / _BATCH)))
+        for taken in np.array_split(self._generator.permutation(len(user_E)), steps):
             drawn = self._generator.integers(0, self._item_count, len(taken) * _NEGATIVES, dtype=np.int32)
             self._step(
                 tf.constant(np.concatenate([user_E[taken], np.repeat(user_E[taken], _NEGATIVES)])),
@@ -72,6 +73,11 @@ class FoundingModel:
         weight = float(self._out.kernel.numpy()[0, 0])
         users_UD, items_ID = (table.embeddings.numpy() for table in (self._user, self._item))
         return (np.sign(weight) * users_UD[held_out.user_B]).astype(np.float32), items_ID
+
+    def end(self) -> None:
+        """Gives its memory back; it cannot be used any more."""
+        keras_variables = [*self._model.trainable_variables, *self._optimizer.variables]
+        end_variables(v.value for v in keras_variables if v.dtype == "float32" and len(v.shape))
 
 
 def train_founding_model(
@@ -103,8 +109,11 @@ def train_founding_model(
             best, best_pass = quality, number
         elif number - best_pass >= _PATIENCE:
             break
+    model.end()
     model = FoundingModel(histories.user_count, histories.item_count, seed)
     for _ in range(best_pass):
         model.train_pass(before_test)
         check()
-    return model.factors(test)
+    factors = model.factors(test)
+    model.end()
+    return factors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ from services.trainer.pipeline.evaluation import (
     popularity,
     rank_by_blend,
 )
+from services.trainer.pipeline.memory import trim
 from services.trainer.pipeline.plan import Plan
 from services.trainer.pipeline.preparing import Counted, Prepared
 from services.trainer.pipeline.report import Comparison, Report, report_of
@@ -94,6 +95,7 @@ def measure(
         frozen_rank_B = rank_by_blend(histories, test, query_BD, frozen, exclude)
         del frozen
     training_terms.clear()
+    trim()
     check()
     say("Counting the baselines.")
     neighbours = item_item_baselines(
@@ -112,6 +114,10 @@ def measure(
     # Counts are no weights: like the histories, they are up to date when the test is taken.
     contestants = contestants_with(counted.with_validation(), neighbours=neighbours, factors=factors)
     climb = climb_ladder(histories, test, query_BD, contestants, exclude, lambda _done, _all: check())
+    # What only ranked beside it has done so.
+    contestants = replace(contestants, neighbours={}, factors={})
+    del neighbours, factors
+    trim()
     best_B20, answered = climb.best_B20, test
     if plan.answer_everyone:
         answered = everyone(histories, prepared.answered_after_all_U)

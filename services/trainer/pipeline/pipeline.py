@@ -20,6 +20,7 @@ from services.trainer.pipeline.evaluation import ndcg_at_10, popularity, rank_by
 from services.trainer.pipeline.event_log import Scalars, no_scalars, scalars_of_pass
 from services.trainer.pipeline.finishing import Fitted, finish
 from services.trainer.pipeline.measuring import measure
+from services.trainer.pipeline.memory import trim
 from services.trainer.pipeline.plan import Plan, TrainedModel
 from services.trainer.pipeline.preparing import Counted, prepare, split_events
 from services.trainer.pipeline.progress import Progress, Reporter
@@ -85,6 +86,7 @@ def train_model(
     finally:
         importing.join()
 
+    trim()
     progress.fitting("TRAINING", "Building the model.")
     # Imported here: too little data is found out without TensorFlow's seconds and memory.
     from services.trainer.pipeline.sequence_model import SequenceModel
@@ -124,7 +126,7 @@ def train_model(
     blend = learn_blend(
         histories,
         split.validation,
-        model.encode(histories, split.validation),
+        lambda people: model.encode(histories, people),
         FeatureMaker(model.item_vectors(), terms[0]),
         popularity(prepared.training),
         plan.exclude_seen,

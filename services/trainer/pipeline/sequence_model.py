@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from services.trainer.domain.hyper_parameters import HyperParameters
 from services.trainer.pipeline.dataset import HeldOut, Histories, ItemAttributes
+from services.trainer.pipeline.memory import end_variables
 from services.trainer.pipeline.packing import PackedRows, pack_for_encoding
 from services.trainer.pipeline.transformer import Encoder, allowed_within_segments
 
@@ -227,16 +228,14 @@ class SequenceModel:
 
     def _swap_dense(self) -> None:
         for average, variable in zip(self._averages[len(self._tables) :], self.dense, strict=True):
-            trained = variable.numpy().copy()
+            trained = variable.numpy()
             variable.assign(average)
             average.assign(trained)
 
     def end_training(self) -> None:
         """Gives back what only training needs: three times the tables. Afterwards the model can be read alone."""
-        nothing = tf.zeros([0], tf.float32)
-        for variable in [*(moment for pair in self._moments for moment in pair), *self._averages]:
-            # TensorFlow keeps graphs, and these the variable: what it holds is taken from it. Its allocator may keep that for itself.
-            tf.raw_ops.AssignVariableOp(resource=variable.handle, value=nothing)
+        of_training = [*(moment for pair in self._moments for moment in pair), *self._averages]
+        end_variables(of_training, living=[*self._tables, *self.dense])
         self._moments, self._averages = [], []
         self._steps.clear()
 
@@ -245,7 +244,7 @@ class SequenceModel:
     def item_vectors(self) -> Float32:
         """Returns the vectors of every item, (I, D)."""
         identity, attribute = self._read_tables
-        vectors_ID = identity.numpy().copy()
+        vectors_ID = identity.numpy()
         if self.has_attributes:
             table, places = attribute.numpy(), self.attribute_IP.numpy()
             weights = self.attribute_weight_IP.numpy()
@@ -286,7 +285,7 @@ class SequenceModel:
 
     def weights(self) -> list[Float32]:
         """Returns a copy of everything that is learned."""
-        return [variable.numpy().copy() for variable in [*self._read_tables, *self.dense]]
+        return [variable.numpy() for variable in [*self._read_tables, *self.dense]]
 
     def set_weights(self, weights: list[Float32]) -> None:
         """Restores what `weights` returned."""
@@ -295,7 +294,7 @@ class SequenceModel:
 
     def state(self) -> list[npt.NDArray[Any]]:
         """Returns a copy of everything that training goes on from, the optimiser's too."""
-        return [variable.numpy().copy() for variable in self._everything()]
+        return [variable.numpy() for variable in self._everything()]
 
     def restore(self, state: Sequence[npt.NDArray[Any]]) -> None:
         """Restores what `state` returned."""
