@@ -26,7 +26,7 @@ demo: $(INSTALLED)  ## The whole loop: events in, model trained, recommendations
 up: $(INSTALLED)  ## Start the suite and leave it running until Ctrl-C
 	@shopkeeper up
 
-test: lint types unit integration  ## Lint, types and all tests
+test: lint types unit integration judge  ## Lint, types, all tests, and the judges of what is deployed
 
 lint: $(INSTALLED)  ## Style of the code and of the contract
 	ruff check .
@@ -143,7 +143,7 @@ test-compose: $(INSTALLED)  ## The suite in real containers: paused, killed, cut
 	SHOPKEEPER_COMPOSE=1 pytest -q -rA --timeout 1800 tests/compose
 
 dashboards: $(INSTALLED) $(TOOLS)/.tried  ## Draw the dashboards of a busy shop, from a real Prometheus, into docs/dashboards
-	SHOPKEEPER_DASHBOARD_SECONDS=150 SHOPKEEPER_DASHBOARD_PICTURES=docs/dashboards pytest -q tests/integration/test_dashboards.py
+	SHOPKEEPER_DASHBOARD_SECONDS=330 SHOPKEEPER_DASHBOARD_PICTURES=docs/dashboards pytest -q tests/integration/test_dashboards.py
 
 DEPLOY := .venv-deploy
 # Their own environment: their dependencies are not the suite's.

@@ -5,6 +5,7 @@ A real Prometheus scrapes the four services, over TLS among themselves. `make da
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -33,7 +35,7 @@ from tests.deploy.monitoring import DASHBOARDS, dashboard
 from tests.integration.panels import draw
 from tests.integration.prometheus import Prometheus, Series
 from tests.integration.shop import stock, train
-from tests.integration.suite import Suite, item_id, view
+from tests.integration.suite import SERVICES, Suite, item_id, view
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -114,11 +116,23 @@ def watch_drift(suite: Suite) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A shop, a Prometheus that has watched it, and from when until when."""
+
+    suite: Suite
+    prometheus: Prometheus
+    start: float
+    end: float
+
+    def series(self, query: str) -> list[Series]:
+        return self.prometheus.series(query, self.start, self.end)
+
+
 @pytest.fixture(scope="module")
 def watched(
     postgres_homes: Callable[[], Path], keys_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Prometheus, float, float]]:
-    """A Prometheus that has watched a shop; and from when until when."""
+) -> Iterator[Watched]:
     home = postgres_homes()
     url = start_postgres(home)
     with psycopg.connect(url, autocommit=True) as connection:
@@ -148,7 +162,7 @@ def watched(
         for shopper in shoppers:
             shopper.join()
         time.sleep(2)
-        yield prometheus, start, time.time()
+        yield Watched(suite, prometheus, start, time.time())
     finally:
         if prometheus is not None:
             prometheus.stop()
@@ -156,15 +170,12 @@ def watched(
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
-def test_every_query_of_a_dashboard_shows_something(
-    watched: tuple[Prometheus, float, float], name: str
-) -> None:
-    prometheus, start, end = watched
+def test_every_query_of_a_dashboard_shows_something(watched: Watched, name: str) -> None:
     shown: dict[int, list[tuple[dict[str, str], list[Series]]]] = {}
     empty = []
     for panel in dashboard(name)["panels"]:
         for target in panel["targets"]:
-            series = prometheus.series(target["expr"], start, end)
+            series = watched.series(target["expr"])
             shown.setdefault(panel["id"], []).append((target, series))
             if not series:
                 empty.append(f"{panel['title']}: {target['expr']}")
@@ -173,6 +184,24 @@ def test_every_query_of_a_dashboard_shows_something(
     assert empty == []
 
 
-def test_a_query_of_nothing_shows_nothing(watched: tuple[Prometheus, float, float]) -> None:
-    prometheus, start, end = watched
-    assert prometheus.series("sum(shopkeeper_misspelt_total)", start, end) == []
+def test_a_query_of_nothing_shows_nothing(watched: Watched) -> None:
+    assert watched.series("sum(shopkeeper_misspelt_total)") == []
+
+
+def test_the_first_refusal_of_a_version_is_an_increase(watched: Watched) -> None:
+    (refused,) = watched.series(
+        'increase(shopkeeper_recommend_bundle_refused_total{reason="BUNDLE_DAMAGED"}[1h])'
+    )
+    assert refused.values[-1] > 0
+
+
+def test_services_ask_each_other_for_nothing_that_the_policy_refuses_them(watched: Watched) -> None:
+    refused = set()
+    for name in SERVICES:
+        for line in watched.suite.log(name).read_text().splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if entry.get("code") == "PERMISSION_DENIED":
+                    refused.add(entry["method"].rpartition("/")[2])
+    # What the shop's back end asks for above, and nothing else.
+    assert refused == {"PurgeEvents"}

@@ -158,7 +158,7 @@ def test_services_may_call_the_edges_of_the_design_alone() -> None:
     assert edges == {
         "feedback": {"ListItems"},
         "profile": {"EmbedUsers", "Recommend"},
-        "recommend": {"GetProfile", "BatchGetProfiles", "WatchProfiles", "WatchItems"},
+        "recommend": {"GetProfile", "BatchGetProfiles", "WatchProfiles", "WatchItems", "ListExperiments"},
         "trainer": {"ListItems"},
         "scheduler": {"CreateTrainingRun", "GetTrainingRun", "WatchTrainingRun"},
     }
