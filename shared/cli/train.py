@@ -12,7 +12,7 @@ from shared.cli.clients import Clients
 from shared.cli.output import EXIT_OK, EXIT_PROBLEMS, say, show_json, show_table
 from shared.cli.progress import StepProgress
 from shared.cli.simulate import LABEL
-from shared.errors import Unavailable
+from shared.errors import FailedPrecondition, Unavailable
 from shared.grpc_status import from_rpc_error
 
 CALL_TIMEOUT_SECONDS = 30.0
@@ -34,13 +34,42 @@ _RUNG_ORDER = {name: number for number, name in enumerate(RUNG_TITLES)}
 def create_run(
     clients: Clients, *, model: str = "", size: str = "", max_seconds: int = 0, seed: int = 0, promote: bool = True,
     request_id: str = "", exclude_seen: bool = True,
+    initial_version: str = "",
 ) -> training_run_pb2.TrainingRun:  # fmt: skip
     """Starts a training run and returns it as it is now."""
     config = training_run_pb2.TrainingConfig(max_train_seconds=max_seconds, seed=seed, promote=promote)
     config.evaluation.exclude_seen = exclude_seen
+    config.initial_version = initial_version
     if size:
         config.size = SIZES[size]  # type: ignore[assignment]
     request = trainer_service_pb2.CreateTrainingRunRequest(model=model, config=config, request_id=request_id)
+    return clients.trainer.CreateTrainingRun(request, timeout=CALL_TIMEOUT_SECONDS)
+
+
+def repeat_run(clients: Clients, *, model: str, version: str, promote: bool) -> training_run_pb2.TrainingRun:
+    """Starts a run with the configuration of the one that made a version, on what that one read.
+
+    Raises:
+        FailedPrecondition: the version does not say what it was trained on.
+    """
+    made = clients.trainer.GetModelVersion(
+        trainer_service_pb2.GetModelVersionRequest(model=model, version=version), timeout=CALL_TIMEOUT_SECONDS
+    )
+    if not made.data.HasField("data_snapshot"):
+        raise FailedPrecondition(
+            "DATA_SNAPSHOT_GONE",
+            f"Version {made.version} does not say what it was trained on: it is private, or was made without day files.",
+        )
+    run = clients.trainer.GetTrainingRun(
+        trainer_service_pb2.GetTrainingRunRequest(run_id=made.run_id), timeout=CALL_TIMEOUT_SECONDS
+    )
+    run.config.data_snapshot.CopyFrom(made.data.data_snapshot)
+    # An alias may point elsewhere by now; the version knows where it began.
+    run.config.initial_version = next(
+        (value.text for value in made.hyper_parameters if value.name == "initial_version"), ""
+    )
+    run.config.promote = promote
+    request = trainer_service_pb2.CreateTrainingRunRequest(model=made.model, config=run.config)
     return clients.trainer.CreateTrainingRun(request, timeout=CALL_TIMEOUT_SECONDS)
 
 

@@ -148,6 +148,19 @@ def test_nothing_to_roll_back_to_is_said(trained: Terminal) -> None:
     assert "NO_PREVIOUS_VERSION" in outcome.stderr
 
 
+def test_a_version_is_made_again_from_what_it_was_trained_on(trained: Terminal) -> None:
+    (made,) = trained.json("models")["model_versions"]
+    again = trained.run("train", "--repeat", "production", "--no-promote", "--watch", "--json")
+    # It cannot beat the version that it repeats, so the gate fails it.
+    assert again.returncode == 1, again.stderr
+    run = json.loads(again.stdout)
+    assert run["state"] == "STATE_SUCCEEDED"
+    assert run["data_snapshot"] == made["data"]["data_snapshot"]
+    refused = trained.run("train", "--repeat", "nothing")
+    assert refused.returncode == 1
+    assert "MODEL_VERSION_NOT_FOUND" in refused.stderr
+
+
 def test_a_forgotten_shopper_has_no_profile(trained: Terminal) -> None:
     assert trained.json("profile", "shopper-00002")["live"]["history"]
     receipt = trained.json("forget", "shopper-00002", "--yes")

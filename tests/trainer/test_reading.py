@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from shopkeeper.profile.v1 import catalog_service_pb2, catalog_service_pb2_grpc, item_pb2
 
 from services.trainer.clients import CatalogueClient, bands_of, numbers_of, values_of
-from services.trainer.pipeline.copy_decoding import CopyDecoder, arrow_keys, numbered, row_starts
+from services.trainer.pipeline.copy_decoding import CopyDecoder, KeyNumbers, arrow_keys, row_starts
 from services.trainer.pipeline.log_reader import LOG_ERRORS, KeyedEvents, read_keyed_events
 from shared.bundle.history import INTEREST_KINDS
 from shared.database import Database
@@ -105,19 +105,24 @@ def decoded(content: bytes, pieces: list[int]) -> list[tuple[bytes, int, int, in
     ]  # fmt: skip
 
 
-def test_people_are_numbered_by_the_order_of_their_keys_over_all_blocks() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 150, 1000])
+def test_people_are_numbered_by_the_order_of_their_keys_over_all_blocks(rows_at_once: int) -> None:
     generator = np.random.default_rng(0)
-    distinct = [generator.bytes(16) for _ in range(50)]
-    # Keys that differ in their last half alone, and in a byte that a signed comparison would put first.
-    distinct += [b"\xff" * 8 + bytes([n]) * 8 for n in (0, 255, 127)]
-    drawn = [distinct[n] for n in generator.integers(0, len(distinct), 400)]
-    blocks = [np.frombuffer(b"".join(drawn[first : first + 130]), "V16") for first in range(0, 400, 130)]
-    user_E, user_key_U = numbered(blocks)
-    assert not blocks
-    names = sorted(set(drawn))
-    assert [key.tobytes() for key in user_key_U] == names
-    assert user_E.tolist() == [names.index(key) for key in drawn]
-    nobody_E, nobody_U = numbered([])
+    random = [generator.bytes(16) for _ in range(50)]
+    # Keys that differ in one half alone, and in a byte that a signed comparison would put first.
+    alike = [b"\xff" * 8 + bytes([n]) * 8 for n in (0, 255, 127)] + [
+        bytes([n]) * 8 + b"\0" * 8 for n in (0, 255)
+    ]
+    for distinct in (random, random + alike):
+        drawn = [distinct[n] for n in generator.integers(0, len(distinct), 400)]
+        numbers = KeyNumbers(rows_at_once)
+        for first in range(0, 400, 130):
+            numbers.add(np.frombuffer(b"".join(drawn[first : first + 130]), "V16"))
+        user_E, user_key_U = numbers.finish()
+        names = sorted(set(drawn))
+        assert [key.tobytes() for key in user_key_U] == names
+        assert user_E.tolist() == [names.index(key) for key in drawn]
+    nobody_E, nobody_U = KeyNumbers().finish()
     assert (len(nobody_E), len(nobody_U)) == (0, 0)
 
 

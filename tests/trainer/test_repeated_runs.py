@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import psycopg
 import pytest
@@ -12,10 +15,13 @@ from shopkeeper.trainer.v1 import data_snapshot_pb2, model_pb2, schedule_pb2, tr
 from shopkeeper.trainer.v1 import trainer_service_pb2 as pb
 
 from services.trainer.converters.config import config_from_proto, config_to_proto
-from services.trainer.domain.runs import TrainingConfig
+from services.trainer.domain.runs import DataSnapshot, RunState, TrainingConfig, TrainingRun
 from services.trainer.pipeline.catalogue_files import CatalogueFiles
+from services.trainer.run.work import Work
+from services.trainer.settings import TrainerSettings
+from shared.telemetry import Telemetry
 from shared.tokens import Watermark
-from tests.trainer.conftest import CATALOGUE_ITEMS, Catalogue, walk
+from tests.trainer.conftest import CATALOGUE_ITEMS, Catalogue, columns_of, walk
 from tests.trainer.test_log_snapshots import key_of
 from tests.trainer.test_run_lifecycle import State, failure_of
 
@@ -154,3 +160,36 @@ def test_a_catalogue_comes_back_in_its_order_and_goes_when_it_is_old_or_damaged(
     (path,) = tmp_path.glob(f"catalogues/{digest}*")
     path.write_bytes(path.read_bytes()[:-1])
     assert files.load(digest) is None
+
+
+class Journal:
+    """A store that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.snapshots: list[DataSnapshot] = []
+
+    def append_progress(self, run_id: str, stage: str, message: str, **fields: object) -> None:
+        self.words.append(message)
+
+    def set_data_snapshot(self, run_id: str, snapshot: DataSnapshot) -> None:
+        self.snapshots.append(snapshot)
+
+
+def test_a_catalogue_that_cannot_be_kept_costs_the_repetition_and_not_the_run(tmp_path: Path) -> None:
+    store = Journal()
+    run = TrainingRun("run-1", "main", RunState.RUNNING, "READING", TrainingConfig(), DAY_1)
+    settings = TrainerSettings(home=tmp_path, profile_address="127.0.0.1:9", catalogue_timeout_seconds=0.1)
+    logger = Telemetry("trainer", settings).logger
+    work = Work(run, settings, cast("Any", None), cast("Any", store), cast("Any", None), logger)
+    events = replace(columns_of([[0, 1]]), snapshot="a" * 64, watermark=b"")
+
+    kept = work.read_catalogue(events)
+    assert store.snapshots == [DataSnapshot("a" * 64, kept.digest)]
+
+    # A file stands where the directory would.
+    shutil.rmtree(tmp_path / "catalogues")
+    (tmp_path / "catalogues").write_bytes(b"")
+    assert work.read_catalogue(events).digest == ""
+    assert len(store.snapshots) == 1
+    assert "cannot be kept" in store.words[-1]

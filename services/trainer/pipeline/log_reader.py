@@ -7,7 +7,7 @@ hands over whatever the socket held; a thread decodes it while the server makes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ from psycopg.conninfo import conninfo_to_dict
 from services.trainer.pipeline.copy_decoding import (
     WITHOUT_EVENT_KEY,
     CopyDecoder,
+    KeyNumbers,
     RowBlock,
     RowLayout,
-    numbered,
     unified,
 )
 from services.trainer.pipeline.dataset import EventColumns
@@ -125,10 +125,14 @@ async def _read(
         if as_of:
             conditions.append(("pg_visible_in_snapshot(xid, ${}::text::pg_snapshot)", as_of))
         numbered = [condition.format(place) for place, (condition, _) in enumerate(conditions, 1)]
-        blocks = await copy_out(
-            connection, _ROWS + " AND ".join(numbered), *[argument for _, argument in conditions]
+        events = _Columns()
+        await copy_out(
+            connection,
+            _ROWS + " AND ".join(numbered),
+            *[argument for _, argument in conditions],
+            keep=events.add,
         )
-    return columns_of(blocks, watermark.encode())
+    return events.finish(watermark.encode())
 
 
 async def copy_out(
@@ -136,52 +140,73 @@ async def copy_out(
     statement: str,
     *arguments: Any,
     layout: RowLayout = WITHOUT_EVENT_KEY,
-) -> list[RowBlock]:
-    """Returns the rows of a query over the columns of a layout."""
+    keep: Callable[[RowBlock], None],
+) -> None:
+    """Hands over the rows of a query over the columns of a layout, block by block, in their order."""
     decoder = CopyDecoder(layout)
     loop = asyncio.get_running_loop()
-    piece = bytearray()
+    pieces: list[bytes] = []
     under_way: asyncio.Future[None] | None = None
+
+    def decode(pieces: list[bytes]) -> None:
+        decoder.feed(*pieces)
+        for block in decoder.take():
+            keep(block)
+
     with ThreadPoolExecutor(1, "decode") as thread:
+        size = 0
 
         async def take(content: bytes) -> None:
-            nonlocal piece, under_way
-            piece += content
-            if len(piece) >= _PIECE_BYTES:
+            nonlocal pieces, size, under_way
+            pieces.append(content)
+            size += len(content)
+            if size >= _PIECE_BYTES:
                 if under_way is not None:
                     await under_way
-                under_way = loop.run_in_executor(thread, decoder.feed, piece)
-                piece = bytearray()
+                under_way = loop.run_in_executor(thread, decode, pieces)
+                pieces, size = [], 0
 
         await connection.copy_from_query(statement, *arguments, output=take, format="binary")
         if under_way is not None:
             await under_way
-        decoder.feed(piece)
-    return decoder.finish()
+        decode(pieces)
+    for block in decoder.finish():
+        keep(block)
 
 
-def columns_of(blocks: list[RowBlock], watermark: bytes) -> KeyedEvents:
-    """Returns the blocks as columns; empties the list, so that no event is held twice for long."""
-    users, items = [block.user_key_E for block in blocks], [block.item for block in blocks]
-    numbers = [(block.kind_E, block.time_E, block.line_E) for block in blocks]
-    blocks.clear()
-    user_E, user_key_U = numbered(users)
-    item_E, item_ids = unified(items, pa.string())
-    kinds, times, lines = zip(*numbers, strict=True) if numbers else ((), (), ())
-    nothing: list[npt.NDArray[Any]] = [np.zeros(0, np.int64)]
-    found = KeyedEvents(
-        EventColumns(
-            user_E=user_E,
-            item_E=item_E,
-            kind_E=np.concatenate(kinds or nothing).astype(np.int32),
-            time_E=np.concatenate(times or nothing).astype(np.int64),
-            order_E=np.concatenate(lines or nothing).astype(np.int64),
-            item_ids=item_ids.to_pylist(),
-            watermark=watermark,
-        ),
-        user_key_U,
-    )
-    del item_ids
-    # Arrow keeps what it freed, for the next of its own; training is not that.
-    pa.default_memory_pool().release_unused()
-    return found
+class _Columns:
+    """Puts blocks together; what can be done for each is done while the server makes the next."""
+
+    def __init__(self) -> None:
+        self._users = KeyNumbers()
+        self._items: list[pa.DictionaryArray] = []
+        self._numbers: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
+
+    def add(self, block: RowBlock) -> None:
+        """Takes the next block."""
+        self._users.add(block.user_key_E)
+        self._items.append(block.item)
+        self._numbers.append((block.kind_E, block.time_E, block.line_E))
+
+    def finish(self, watermark: bytes) -> KeyedEvents:
+        """Returns the blocks as columns; no event is held twice for long."""
+        user_E, user_key_U = self._users.finish()
+        item_E, item_ids = unified(self._items, pa.string())
+        kinds, times, lines = zip(*self._numbers, strict=True) if self._numbers else ((), (), ())
+        nothing: list[npt.NDArray[Any]] = [np.zeros(0, np.int64)]
+        found = KeyedEvents(
+            EventColumns(
+                user_E=user_E,
+                item_E=item_E,
+                kind_E=np.concatenate(kinds or nothing).astype(np.int32),
+                time_E=np.concatenate(times or nothing).astype(np.int64),
+                order_E=np.concatenate(lines or nothing).astype(np.int64),
+                item_ids=item_ids.to_pylist(),
+                watermark=watermark,
+            ),
+            user_key_U,
+        )
+        del item_ids
+        # Arrow keeps what it freed, for the next of its own; training is not that.
+        pa.default_memory_pool().release_unused()
+        return found

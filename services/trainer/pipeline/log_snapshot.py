@@ -115,7 +115,7 @@ async def _refresh(conninfo: str, directory: SnapshotDirectory, damaged: set[int
         }
         read = len(news.rows)
         if wrong:
-            again = _table(await copy_out(connection, _OF_DAYS, sorted(wrong), layout=WITH_EVENT_KEY))
+            again = await _rows(connection, _OF_DAYS, sorted(wrong))
             read += len(again)
             fresh = dict(by_day(again))
             for day in wrong:
@@ -143,12 +143,10 @@ async def _news(connection: asyncpg.Connection[Any], before: SnapshotSet | None)
     )
     counts = {row["day"]: row["events"] for row in await connection.fetch(_COUNTS)}
     if before is None or starts_anew:
-        return _News(
-            watermark, [], _table(await copy_out(connection, _ROWS, layout=WITH_EVENT_KEY)), counts, True
-        )
+        return _News(watermark, [], await _rows(connection, _ROWS), counts, True)
     since = (str(Watermark.parse_pg(before.watermark).xmin), before.watermark)
     people = [bytes(row["user_key"]) for row in await connection.fetch(_CHANGED_PEOPLE, *since)]
-    rows = _table(await copy_out(connection, _NEW, *since, people, layout=WITH_EVENT_KEY))
+    rows = await _rows(connection, _NEW, *since, people)
     return _News(watermark, people, rows, counts, False)
 
 
@@ -192,20 +190,24 @@ def by_day(table: pa.Table) -> Iterable[tuple[int, pa.Table]]:
         yield int(day_E[first]), table.slice(int(first), int(last - first))
 
 
-def _table(blocks: list[RowBlock]) -> pa.Table:
-    tables = [
-        table_of(
-            {
-                "event_key": block.event,
-                "user_key": arrow_keys(block.user_key_E),
-                "item_id": block.item.dictionary_decode(),
-                "kind": block.kind_E,
-                "time": block.time_E,
-                "line": block.line_E,
-            }
+async def _rows(connection: asyncpg.Connection[Any], statement: str, *arguments: Any) -> pa.Table:
+    tables: list[pa.Table] = []
+
+    def keep(block: RowBlock) -> None:
+        tables.append(
+            table_of(
+                {
+                    "event_key": block.event,
+                    "user_key": arrow_keys(block.user_key_E),
+                    "item_id": block.item.dictionary_decode(),
+                    "kind": block.kind_E,
+                    "time": block.time_E,
+                    "line": block.line_E,
+                }
+            )
         )
-        for block in blocks
-    ]
+
+    await copy_out(connection, statement, *arguments, layout=WITH_EVENT_KEY, keep=keep)
     return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
 

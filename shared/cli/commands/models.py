@@ -37,6 +37,13 @@ def train(
     promote: Annotated[
         bool, typer.Option(help="Put the version into production when its gate passes.")
     ] = True,
+    initial_version: Annotated[
+        str, typer.Option("--from", metavar="VERSION", help="Begin at the weights of this version or alias.")
+    ] = "",
+    repeat: Annotated[
+        str,
+        typer.Option(metavar="VERSION", help="Do again what made this version, from what it was trained on."),
+    ] = "",
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,10 +51,13 @@ def train(
     if size and size not in training.SIZES:
         raise InvalidInput("UNKNOWN_SIZE", f"{size!r} is no size. Choose {', '.join(training.SIZES)}.")
     with Clients(Installation.from_environment(home)) as clients:
-        run = training.create_run(
-            clients, model=model, size=size, max_seconds=max_seconds, seed=seed, promote=promote,
-            exclude_seen=exclude_seen,
-        )  # fmt: skip
+        if repeat:
+            run = training.repeat_run(clients, model=model, version=repeat, promote=promote)
+        else:
+            run = training.create_run(
+                clients, model=model, size=size, max_seconds=max_seconds, seed=seed, promote=promote,
+                exclude_seen=exclude_seen, initial_version=initial_version,
+            )  # fmt: skip
         if not watch:
             if as_json:
                 show_json(run)
