@@ -83,6 +83,7 @@ class Admission:
         self._running = 0
         self._moved_at = -math.inf
         self._waiting_since = math.inf
+        self._seen_moving_at = -math.inf
         self._moves = 0.0
         self._moving_seconds = 0.0
 
@@ -147,6 +148,10 @@ class Admission:
                 self._waiting_since = math.inf
         return now - entered_at
 
+    def moving(self) -> None:
+        """Says that the queue does not stand still: a worker is about to take from it."""
+        self._seen_moving_at = self._clock()
+
     def end(self) -> None:
         """A call is done."""
         with self._lock:
@@ -165,7 +170,7 @@ class Admission:
                 self._waiting_since = math.inf
 
     def _wait_behind(self, waiting: int) -> float:
-        standing = self._clock() - max(self._moved_at, self._waiting_since)
+        standing = self._clock() - max(self._moved_at, self._waiting_since, self._seen_moving_at)
         measured = self._moving_seconds / self._moves if self._moves else 0.0
         if self._together:
             return max((waiting + 1) * measured, standing)

@@ -16,9 +16,10 @@ from shared import deferred_calls, errors
 from shared.admission import Admission
 from shared.authorization import Gatekeeper
 from shared.compute_pool import ComputePool
-from shared.deferred_calls import Deadlines, Deferral, DeferredCall, DeferredCalls
+from shared.deferred_calls import Deadlines, Deferral, DeferredCalls
 from shared.load_shedding import LoadShedding
 from shared.observed_call import Method, ObservedCall
+from shared.serving_loop import ServingLoop, computed
 from shared.telemetry import Telemetry
 
 LONGEST_COMPUTING_SECONDS = 60.0
@@ -41,6 +42,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         shedding: LoadShedding,
         gatekeeper: Gatekeeper | None,
         computing: ComputePool | None,
+        loop: ServingLoop | None,
         computing_methods: frozenset[str],
         deferring: Admission,
         *,
@@ -51,6 +53,7 @@ class CallInterceptor(grpc.ServerInterceptor):
         self._draining = draining
         self._shedding = shedding
         self._computing = computing
+        self._loop = loop
         self._computing_methods = computing_methods
         self._deferring = deferring
         self._deadlines = Deadlines()
@@ -113,17 +116,16 @@ class CallInterceptor(grpc.ServerInterceptor):
         else:
             deferral = getattr(behavior, "deferral", None)
             computing = self._computing if name in self._computing_methods else None
-            if computing is not None:
-                behavior = computing.in_turn(behavior)
-            wrapped = self._unary(method, behavior)
+            wrapped = self._unary(method, behavior if computing is None else computing.in_turn(behavior))
             # By this attribute grpc takes another pool for one method.
             if deferral is not None and deferred_calls.AVAILABLE:
                 self._shedding.watch(self._deferring, [name])
                 wrapped.experimental_thread_pool = DeferredCalls(
                     method, deferral, self._deadlines, self._deferring
                 )
-            elif computing is not None and deferred_calls.AVAILABLE:
-                deferral = _computed(computing, behavior, handler)
+            elif self._loop is not None and computing is not None and deferred_calls.AVAILABLE:
+                begin = computed(self._loop, behavior, handler)
+                deferral = Deferral(begin, LONGEST_COMPUTING_SECONDS, _took_too_long)
                 wrapped.experimental_thread_pool = DeferredCalls(method, deferral, self._deadlines)
             elif computing is not None:
                 wrapped.experimental_thread_pool = computing
@@ -216,17 +218,6 @@ class CallInterceptor(grpc.ServerInterceptor):
     def _leave_stream(self, method: Method) -> None:
         _OPEN_STREAMS.labels(method.service).dec()
         self._streams.release()
-
-
-def _computed(computing: ComputePool, behavior: Any, handler: Any) -> Deferral:
-    """Returns how calls are answered by the threads that compute, which are given them whole."""
-    deserialize = handler.request_deserializer or bytes
-    serialize = handler.response_serializer or bytes
-
-    def begin(call: DeferredCall) -> None:
-        computing.submit(call.serve, behavior, deserialize, serialize)
-
-    return Deferral(begin, LONGEST_COMPUTING_SECONDS, _took_too_long)
 
 
 def _took_too_long() -> errors.ShopkeeperError:

@@ -17,7 +17,7 @@ import grpc
 from grpc_status import rpc_status
 from prometheus_client import Counter, Gauge, Histogram
 
-from shared import errors, grpc_status
+from shared import deferred_calls, errors, grpc_status
 from shared.admission import Admission, Priority, Refusal
 
 # A caller may say that a call can wait. It cannot say that its call is more urgent than another's.
@@ -170,6 +170,9 @@ class LoadShedding:
         def refuse(_requests: Any, context: grpc.ServicerContext) -> None:
             context.abort_with_status(status)
 
+        if deferred_calls.AVAILABLE:
+            refuse.experimental_thread_pool = deferred_calls.EndedCalls(status)  # type: ignore[attr-defined]
+            return grpc.unary_unary_rpc_method_handler(refuse)
         refuse.experimental_thread_pool = self._here  # type: ignore[attr-defined]
         # As if the requests were a stream, whatever the method: then nobody waits for the message.
         return grpc.stream_unary_rpc_method_handler(refuse)

@@ -27,6 +27,7 @@ from shared.authorization import Gatekeeper
 from shared.compute_pool import ComputePool
 from shared.interceptor import CallInterceptor
 from shared.load_shedding import AdmittedPool, LoadShedding
+from shared.serving_loop import ServingLoop
 from shared.settings import ServiceSettings
 from shared.telemetry import Telemetry
 from shared.tls import TlsDirectory, refuse_plain_text
@@ -82,6 +83,7 @@ class GrpcServer:
         if self._tls is None:
             refuse_plain_text(settings.listen, settings.insecure)
         self._computing: ComputePool | None = None
+        self._loop: ServingLoop | None = None
         computing = None
         if computing_methods:
             computing = (
@@ -89,12 +91,14 @@ class GrpcServer:
                 frozenset(computing_methods),
             )
             self._computing = ComputePool(computing_threads, computing[0], threads)
+            self._loop = ServingLoop(self._computing, computing[0], threads)
         self._interceptor = CallInterceptor(
             telemetry,
             self._draining,
             LoadShedding(admission, priorities or {}, computing),
             gatekeeper_of(settings),
             self._computing,
+            self._loop,
             frozenset(computing_methods),
             Admission(1, settings.max_queue_seconds, always=DEFERRED_CALLS_THAT_ARE_NO_QUEUE, together=True),
             max_stream_age_seconds=settings.max_stream_age_seconds,
@@ -114,6 +118,8 @@ class GrpcServer:
             # Of gRPC's own, which says neither why nor when to return: far beyond what is ever let in.
             maximum_concurrent_rpcs=8_192,
         )
+        if self._loop is not None:
+            self._loop.attach(self._server)
         for add in register:
             add(self._server)
         # The health service has threads of its own, so that a full server is still seen alive.
@@ -172,7 +178,7 @@ class GrpcServer:
 
     def waiting(self) -> AbstractContextManager[None]:
         """While a handler of a computing method is in here, it waits, and another call may compute."""
-        return nullcontext() if self._computing is None else self._computing.waiting()
+        return nullcontext() if self._loop is None else self._loop.waiting()
 
     def set_computing_threads(self, count: int) -> None:
         """Changes how many calls of computing methods compute at once."""

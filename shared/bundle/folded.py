@@ -83,9 +83,8 @@ class FoldedCompanion:
         c_N = c_PI[columns_N].astype(np.float32)
         damped_PI = np.zeros(len(c_PI), np.float32)
         damped_PI[columns_N] = np.log1p(np.float32(scoring.scale) * c_N)
-        parts_PI = damped_PI.reshape(-1, items)
-        parts_PI *= np.array(self.weights_P, np.float32)[:, None]
-        return c_PI[:items].astype(np.float32), parts_PI.sum(axis=0)
+        added_I: Float32 = np.dot(np.array(self.weights_P, np.float32), damped_PI.reshape(-1, items))
+        return c_PI[:items].astype(np.float32), added_I
 
     def content(self, history_H: Int64) -> Float32 | None:
         """Returns the attribute term of every item, (I,), float32; None where there is none."""

@@ -26,7 +26,7 @@ from shopkeeper.recommend.v1 import recommend_service_pb2 as pb
 from shared import embedded_postgres
 from shared.database import ensure_database
 from shared.keys import ensure_development_keys
-from tests.benchmarks import bench_serve
+from tests.benchmarks import serve_shop
 from tests.integration.suite import Suite, eventually, view
 
 ITEMS = 12_000
@@ -50,7 +50,7 @@ class Freshness:
         self.unchanged = 0
 
     def item(self) -> str:
-        return bench_serve.item_id(int(self.random.integers(ITEMS)))
+        return serve_shop.item_id(int(self.random.integers(ITEMS)))
 
     def page(self, shopper: str, token: str = "") -> pb.RecommendResponse:
         request = pb.RecommendRequest(user_id=shopper, page_size=20, consistency_token=token)
@@ -102,7 +102,7 @@ def main() -> None:
     try:
         url = embedded_postgres.start(home)
         ensure_development_keys(home / "keys")
-        bench_serve.publish(home, ITEMS)
+        serve_shop.publish(home, ITEMS)
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(sql.SQL("CREATE DATABASE shop"))
         url = psycopg.conninfo.make_conninfo(url, dbname="shop")
@@ -115,7 +115,7 @@ def main() -> None:
             number = 0
             while not ended.wait(1 / BACKGROUND_EVENTS_PER_SECOND):
                 number += 1
-                suite.record([view(f"other-{number % 500}", bench_serve.item_id(number * 7919 % ITEMS))])
+                suite.record([view(f"other-{number % 500}", serve_shop.item_id(number * 7919 % ITEMS))])
 
         background = threading.Thread(target=others)
         background.start()

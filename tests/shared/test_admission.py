@@ -150,6 +150,23 @@ def test_a_pause_of_a_busy_queue_refuses_nobody_who_could_be_served_in_time() ->
     assert max(outcome.waits) < 0.25
 
 
+def test_a_pause_that_the_worker_itself_says_is_over_refuses_nobody() -> None:
+    now = 0.0
+    admission = Admission(1, 0.25, clock=lambda: now)
+    waiting = deque([admission.enter()])
+    for _ in range(500):
+        now += 0.001
+        waiting.append(admission.enter())
+        admission.begin(waiting.popleft())
+        admission.end()
+    # For half a second nothing moves; two came before, one comes after.
+    now += 0.5
+    waiting.append(admission.enter())
+    assert admission.refusal() is not None
+    admission.moving()
+    assert admission.refusal() is None
+
+
 def test_a_standstill_refuses_while_it_lasts_and_is_forgotten_soon_after() -> None:
     simulation = Simulation(8, 5.0, max_wait_seconds=0.25)
     standstill = simulation.run(poisson(400), until=5.0)

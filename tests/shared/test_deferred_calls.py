@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.message import DecodeError
 from prometheus_client import REGISTRY
 
 from shared import deferred_calls, errors, grpc_status
@@ -91,6 +90,7 @@ def failure(call: Any) -> errors.ShopkeeperError:
 
 def test_this_release_of_grpcio_can_do_it() -> None:
     assert deferred_calls.AVAILABLE
+    assert deferred_calls.LOOP_AVAILABLE
 
 
 def test_more_calls_wait_than_there_are_threads_and_each_gets_its_own_answer(echo: Echo) -> None:
@@ -186,83 +186,3 @@ def test_a_server_that_stops_waits_for_what_is_under_way(echo: Echo) -> None:
     assert call.result(10) == b"the last"
     stopping.join(5)
     assert not stopping.is_alive()
-
-
-# Calls that compute
-
-
-@dataclass
-class Computing:
-    """A server whose method `test.Computing/Upper` computes on the few threads that do."""
-
-    server: GrpcServer
-    channel: grpc.Channel
-    threads: set[str]
-
-    def call(self, request: bytes, timeout: float = 20) -> Any:
-        return self.channel.unary_unary("/test.Computing/Upper").future(request, timeout=timeout)
-
-
-@pytest.fixture
-def computing() -> Iterator[Computing]:
-    threads: set[str] = set()
-
-    def upper(request: str, context: grpc.ServicerContext) -> str:
-        threads.add(threading.current_thread().name)
-        if request == "bad":
-            raise errors.InvalidInput("BAD", "It is bad.")
-        if request == "broken":
-            raise RuntimeError("a secret")
-        if request == "slow":
-            time.sleep(0.3)
-        if request == "left":
-            return str(round(context.time_remaining()))
-        return request.upper()
-
-    def read(message: bytes) -> str:
-        if message == b"\xff":
-            raise DecodeError("truncated")
-        return message.decode()
-
-    def register(server: grpc.Server) -> None:
-        handlers = {"Upper": grpc.unary_unary_rpc_method_handler(upper, read, str.encode)}
-        server.add_registered_method_handlers("test.Computing", handlers)
-
-    settings = ServiceSettings(listen="127.0.0.1:0", log_level="error")
-    server = GrpcServer(
-        "test",
-        settings,
-        Telemetry("test", settings),
-        register=[register],
-        service_names=["test.Computing"],
-        computing_methods=["Upper"],
-    )
-    with grpc.insecure_channel(f"127.0.0.1:{server.start()}") as channel:
-        yield Computing(server, channel, threads)
-    server.stop(0)
-
-
-def test_many_calls_that_compute_get_each_their_own_answer_from_one_thread(computing: Computing) -> None:
-    calls = [computing.call(b"call %d" % number) for number in range(100)]
-    assert [call.result(10) for call in calls] == [b"CALL %d" % number for number in range(100)]
-    assert computing.threads == {"compute"}
-
-
-def test_a_handler_that_computes_sees_its_deadline_and_fails_as_any_does(computing: Computing) -> None:
-    assert computing.call(b"left", timeout=7).result(10) == b"7"
-    assert failure(computing.call(b"bad")).reason == "BAD"
-    assert failure(computing.call(b"\xff")).reason == "INVALID_REQUEST"
-    with pytest.raises(grpc.RpcError) as caught:
-        computing.call(b"broken").result(10)
-    assert caught.value.code() is grpc.StatusCode.INTERNAL  # type: ignore[attr-defined]
-    assert "secret" not in str(caught.value)
-
-
-def test_calls_whose_deadline_passed_in_the_queue_are_not_computed(computing: Computing) -> None:
-    slow = computing.call(b"slow")
-    late = computing.call(b"late", timeout=0.1)
-    with pytest.raises(grpc.RpcError) as caught:
-        late.result(10)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
-    assert slow.result(10) == b"SLOW"
-    assert computing.call(b"next").result(10) == b"NEXT"

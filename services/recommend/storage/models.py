@@ -262,7 +262,9 @@ class BundleModel:
         return np.log1p(np.float32(self._bundle.scoring.scale) * c)
 
     def blend(self, logits_I: Float32, companion: CompanionScores) -> Float32:
-        score_I: Float32 = logits_I - log_partition(logits_I)
+        # As `logits_I - log_partition(logits_I)`, with the pass for the largest used twice.
+        score_I: Float32 = logits_I - logits_I.max()
+        score_I -= np.log(np.exp(score_I).sum())
         score_I += companion.counted_I
         if companion.content_I is not None:
             score_I += companion.content_I
