@@ -31,7 +31,6 @@ from services.feedback.storage import log_writer
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.imports import PostgresImports
 from services.feedback.storage.log_writer import LogWriter
-from services.feedback.use_cases import recording as recording_use_case
 from shared.deferred_calls import DeferredCall
 
 # Step → owner of a function, its name, and whether to die before or after it.
@@ -49,7 +48,7 @@ STEPS: dict[str, tuple[Any, str, str]] = {
     "verdicts found": (LogWriter, "append", "after"),
     "to be answered": (GroupCommitLog, "_answer", "before"),
     "answered inside": (GroupCommitLog, "_answer", "after"),
-    "settled": (recording_use_case, "settled", "after"),
+    "settled": (recording, "settled", "after"),
     "token signed": (results, "to_consistency_token", "after"),
     "responses made": (recording, "to_record_events_responses", "after"),
     "to be sent": (DeferredCall, "answer", "before"),
