@@ -46,6 +46,29 @@ def pool_of(
     return pool, admission
 
 
+def waiting_for(outside: threading.Event, pool: ComputePool, then: Calls) -> Callable[[], None]:
+    """Returns a call that waits without computing, and goes on once it may."""
+
+    def call() -> None:
+        with pool.waiting():
+            assert outside.wait(10)
+        then.run()
+
+    return call
+
+
+def one_computes_and_one_stands_by(pool: ComputePool) -> None:
+    """A pool of one place has no more threads than it needs, and lets no more compute."""
+    busy = Calls()
+    for _ in range(3):
+        pool.submit(pool.in_turn(busy.run))
+    busy.until(lambda: busy.running == 1)
+    assert pool._thread_count == 2
+    busy.may_end.set()
+    busy.until(lambda: busy.done == 3)
+    assert busy.most == 1
+
+
 def test_no_more_calls_compute_at_once_than_there_are_places() -> None:
     pool, _ = pool_of(2)
     calls = Calls()
@@ -63,13 +86,8 @@ def test_a_call_that_waits_leaves_its_place_to_another() -> None:
     calls, outside = Calls(), threading.Event()
     calls.may_end.set()
 
-    def wait_outside() -> None:
-        with pool.waiting():
-            assert outside.wait(10)
-        calls.run()
-
     for _ in range(5):
-        pool.submit(pool.in_turn(wait_outside))
+        pool.submit(pool.in_turn(waiting_for(outside, pool, calls)))
     pool.submit(pool.in_turn(calls.run))
     # All five wait, on one place, and the sixth is through.
     calls.until(lambda: calls.done == 1)
@@ -84,13 +102,8 @@ def test_stand_ins_leave_when_they_are_no_longer_needed() -> None:
     outside, calls = threading.Event(), Calls()
     calls.may_end.set()
 
-    def wait_outside() -> None:
-        with pool.waiting():
-            assert outside.wait(10)
-        calls.run()
-
     for _ in range(5):
-        pool.submit(pool.in_turn(wait_outside))
+        pool.submit(pool.in_turn(waiting_for(outside, pool, calls)))
     pool.submit(pool.in_turn(calls.run))
     calls.until(lambda: calls.done == 1)
     end = time.monotonic() + 10
@@ -103,14 +116,7 @@ def test_stand_ins_leave_when_they_are_no_longer_needed() -> None:
     for n in range(20):
         pool.submit(pool.in_turn(calls.run))
         calls.until(lambda n=n: calls.done == 7 + n)  # type: ignore[misc]
-    busy = Calls()
-    for _ in range(3):
-        pool.submit(pool.in_turn(busy.run))
-    busy.until(lambda: busy.running == 1)
-    assert pool._thread_count == 2
-    busy.may_end.set()
-    busy.until(lambda: busy.done == 3)
-    assert busy.most == 1
+    one_computes_and_one_stands_by(pool)
     pool.shutdown()
 
 
@@ -161,14 +167,7 @@ def test_a_call_that_is_stuck_does_not_hold_the_others_up() -> None:
     # Those that were stuck leave.
     while pool._thread_count > 2 and time.monotonic() < end:
         time.sleep(0.001)
-    busy = Calls()
-    for _ in range(3):
-        pool.submit(pool.in_turn(busy.run))
-    busy.until(lambda: busy.running == 1)
-    assert pool._thread_count == 2
-    busy.may_end.set()
-    busy.until(lambda: busy.done == 3)
-    assert busy.most == 1
+    one_computes_and_one_stands_by(pool)
     pool.shutdown()
 
 
@@ -188,14 +187,7 @@ def test_places_can_be_added_and_taken_away_while_calls_are_served() -> None:
     for n in range(8):
         pool.submit(pool.in_turn(through.run))
         through.until(lambda n=n: through.done == n + 1)  # type: ignore[misc]
-    alone = Calls()
-    for _ in range(3):
-        pool.submit(pool.in_turn(alone.run))
-    alone.until(lambda: alone.running == 1)
-    assert pool._thread_count == 2
-    alone.may_end.set()
-    alone.until(lambda: alone.done == 3)
-    assert alone.most == 1
+    one_computes_and_one_stands_by(pool)
     pool.shutdown()
 
 

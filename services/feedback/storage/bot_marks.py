@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 
 from services.feedback.domain.bots import BotRules, is_metronome
+from services.feedback.storage.log_pages import PAGE_ROWS, LogPage, next_page, unhurried
 from services.feedback.storage.partitions import WRITERS_LOCK
 from shared.database import Database
 from shared.event_kinds import EventKind
 from shared.telemetry import get_logger
 
-PAGE_ROWS = 100_000
 # A window that nothing came to for so long is forgotten; what comes later is counted anew.
 _KEPT_DAYS = 2
 _TIDY_SECONDS = 3_600.0
@@ -23,15 +23,6 @@ _TIDY_SECONDS = 3_600.0
 MOMENTS = 600
 _ITEM_VIEW = int(EventKind.ITEM_VIEW)
 
-# Transactions below the horizon have ended: nothing can appear behind it, so a number is watermark enough.
-_PAGE_END = """
-SELECT w.xid::text, pg_snapshot_xmin(pg_current_snapshot())::text, (
-    SELECT e.xid::text FROM feedback.events AS e
-    WHERE e.xid >= w.xid AND e.xid < pg_snapshot_xmin(pg_current_snapshot())
-    ORDER BY e.xid OFFSET %s LIMIT 1
-)
-FROM feedback.bot_watermark AS w FOR UPDATE
-"""
 _COUNT = """
 WITH fresh AS (
     SELECT user_key, session_key, occurred_at, key_version, kind = %(view)s AS is_view,
@@ -116,25 +107,30 @@ class BotMarks:
 
     def step(self) -> bool:
         """Counts the next page and marks what is beyond a limit; returns whether there is another page."""
-        began = time.monotonic()
+        with unhurried(self._wait):
+            page, beyond, marked = self._look_through()
+            if page.is_last and time.monotonic() >= self._tidy_at:
+                self._tidy()
+            if marked:
+                self._logger.info("events marked as a bot's", events=marked, windows=beyond)
+        return not page.is_last
+
+    def _look_through(self) -> tuple[LogPage, int, int]:
+        """Counts the next page and marks; returns it, how many windows are beyond a limit, and how many events were marked."""
+        rules = self._rules
         with self._database.connect() as connection:
-            # As a writer of the log does: an erasure under way waits for this, or this sees its result.
             connection.execute("SET LOCAL statement_timeout = 0")
+            # As a writer of the log does: an erasure under way waits for this, or this sees its result.
             connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (WRITERS_LOCK,))
-            row = connection.execute(_PAGE_END, (self._page_rows,)).fetchone()
-            assert row is not None
-            after, horizon, page_end = row
-            # A transaction is counted whole, however large.
-            before = horizon if page_end is None else str(max(int(page_end), int(after) + 1))
-            if int(before) <= int(after):
-                return False
-            rules = self._rules
-            bounds = {"after": after, "before": before}
+            page = next_page(connection, "bot_watermark", self._page_rows)
+            if page.is_empty:
+                return page, 0, 0
             counted = connection.execute(
                 _COUNT,
                 {
-                    **bounds, "view": _ITEM_VIEW, "rate": rules.views_per_minute, "bare": rules.bare_views_per_hour,
-                    "users": rules.users_per_session, "metronome": rules.metronome_views, "moments": MOMENTS,
+                    **page.bounds, "view": _ITEM_VIEW, "rate": rules.views_per_minute,
+                    "bare": rules.bare_views_per_hour, "users": rules.users_per_session,
+                    "metronome": rules.metronome_views, "moments": MOMENTS,
                 },
             ).fetchall()  # fmt: skip
             beyond = [
@@ -147,21 +143,11 @@ class BotMarks:
                 marked = connection.execute(
                     _MARK,
                     {
-                        **bounds,
-                        "subjects": subjects,
-                        "sessions": sessions,
-                        "starts": starts,
-                        "seconds": seconds,
+                        **page.bounds, "subjects": subjects, "sessions": sessions, "starts": starts, "seconds": seconds,
                     },
-                ).rowcount
-            connection.execute("UPDATE feedback.bot_watermark SET xid = %s::xid8", (before,))
-        if page_end is None and time.monotonic() >= self._tidy_at:
-            self._tidy()
-        if marked:
-            self._logger.info("events marked as a bot's", events=marked, windows=len(beyond))
-        # A tenth of the time of one core at most: marking may lag behind the log, and catches up.
-        self._wait(9 * (time.monotonic() - began))
-        return page_end is not None
+                ).rowcount  # fmt: skip
+            connection.execute("UPDATE feedback.bot_watermark SET xid = %s::xid8", (page.before,))
+        return page, len(beyond), marked
 
     def _tidy(self) -> None:
         with self._database.connect() as connection:

@@ -6,7 +6,6 @@ that a crash loses nothing and counts nothing twice. While the catalogue is not 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,24 +13,15 @@ import psycopg
 from prometheus_client import Gauge
 
 from services.feedback.domain.unknown_items import UnknownItem, UnknownItemOrder, UnknownItemsPage
+from services.feedback.storage.log_pages import PAGE_ROWS, LogPage, next_page, unhurried
 from shared.database import Database, trusted_sql
 
-PAGE_ROWS = 100_000
 _DELETED_AT_ONCE = 10_000
 _UNKNOWN = Gauge(
     "shopkeeper_feedback_unknown_items",
     "Items that events name and the catalogue does not know; the marking replica.",
 )
 
-# As for bots: transactions below the horizon have ended, and a transaction is counted whole, however large.
-_PAGE_END = """
-SELECT w.xid::text, pg_snapshot_xmin(pg_current_snapshot())::text, (
-    SELECT e.xid::text FROM feedback.events AS e
-    WHERE e.xid >= w.xid AND e.xid < pg_snapshot_xmin(pg_current_snapshot())
-    ORDER BY e.xid OFFSET %s LIMIT 1
-)
-FROM feedback.unknown_items_watermark AS w FOR UPDATE
-"""
 # An event that names an item several times counts once for it.
 _NAMED = """
 WITH fresh AS (
@@ -146,38 +136,37 @@ class PostgresUnknownItems:
         known = self._known()
         if known is None:
             return False
-        began = time.monotonic()
-        # Before the page: what has become known is gone before anything is counted as of this catalogue.
-        if known is not self._compared_with:
-            self._forget(known)
-            self._compared_with = known
+        with unhurried(self._wait):
+            # Before the page: what has become known is gone before anything is counted as of this catalogue.
+            if known is not self._compared_with:
+                self._forget(known)
+                self._compared_with = known
+            page = self._count(known)
+        return not page.is_last
+
+    def _count(self, known: frozenset[str]) -> LogPage:
         with self._database.connect() as connection:
             connection.execute("SET LOCAL statement_timeout = 0")
-            row = connection.execute(_PAGE_END, (self._page_rows,)).fetchone()
-            assert row is not None
-            after, horizon, page_end = row
-            before = horizon if page_end is None else str(max(int(page_end), int(after) + 1))
-            bounds = {"after": after, "before": before}
-            if int(before) > int(after):
-                named = [row for row in connection.execute(_NAMED, bounds) if row[0] not in known]
+            page = next_page(connection, "unknown_items_watermark", self._page_rows)
+            if not page.is_empty:
+                named = [row for row in connection.execute(_NAMED, page.bounds) if row[0] not in known]
                 if named:
                     # Sorted, as every writer of several rows does.
                     connection.execute(_ADD, [list(column) for column in zip(*sorted(named), strict=True)])
-                connection.execute(
-                    "DELETE FROM feedback.rewriting_transactions WHERE xid < %s::xid8", (before,)
-                )
-                connection.execute("DELETE FROM feedback.rewritten_uncounted WHERE xid < %s::xid8", (before,))
+                for table in ("rewriting_transactions", "rewritten_uncounted"):
+                    connection.execute(
+                        trusted_sql(f"DELETE FROM feedback.{table} WHERE xid < %s::xid8"),  # noqa: S608
+                        (page.before,),
+                    )
             connection.execute(
                 "UPDATE feedback.unknown_items_watermark SET xid = GREATEST(xid, %s::xid8), "
                 "compared_at = CASE WHEN %s THEN now() ELSE compared_at END",
-                (before, page_end is None),
+                (page.before, page.is_last),
             )
-            if page_end is None:
+            if page.is_last:
                 row = connection.execute("SELECT count(*) FROM feedback.unknown_items").fetchone()
                 _UNKNOWN.set(row[0] if row else 0)
-        # A tenth of the time of one core at most: counting may lag behind the log, and catches up.
-        self._wait(9 * (time.monotonic() - began))
-        return page_end is not None
+        return page
 
     def _forget(self, known: frozenset[str]) -> None:
         last = ""

@@ -12,7 +12,8 @@ from services.profile.domain.messages import Reading
 from services.profile.domain.portrait import Portrait
 from services.profile.domain.segment_filter import Expression, SegmentFacts, matches
 from services.profile.ports import SegmentStore
-from shared.errors import InvalidInput, Unavailable
+from services.profile.use_cases.looks import Looks
+from shared.errors import InvalidInput
 from shared.identity import UserKey
 
 MAX_SEGMENTS = 50
@@ -22,11 +23,10 @@ MEMBERSHIP_SECONDS = 60.0
 """A shopper is looked at again after so long at the earliest: segments are of days, clicks come every second."""
 
 _KEPT_SHOPPERS = 50_000
-_RETRY_SECONDS = 5.0
 
 
-class Memberships:
-    """One thread calls `run`; anybody may call the rest.
+class Memberships(Looks):
+    """Keeps the segments up to date; anybody may ask who is in them.
 
     Args:
         parse: reads a stored filter.
@@ -45,13 +45,12 @@ class Memberships:
         seconds: float,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(seconds)
         self._store = store
         self._parse = parse
         self._portrait = portrait
         self._risk_of = risk_of
-        self._seconds = seconds
         self._monotonic = monotonic
-        self._stopping = threading.Event()
         self._stored: tuple[tuple[str, str], ...] = ()
         # Revision and filters together: a reader must not see the one without the other.
         self._current: tuple[int, tuple[tuple[str, Expression], ...]] = (0, ())
@@ -62,19 +61,6 @@ class Memberships:
     def revision(self) -> int:
         """Counts changes of the segments: what was said before one may be wrong after it."""
         return self._current[0]
-
-    def run(self) -> None:
-        """Keeps the segments up to date until `stop`; survives every outage."""
-        while not self._stopping.is_set():
-            try:
-                self.look()
-                self._stopping.wait(self._seconds)
-            except Unavailable:
-                self._stopping.wait(_RETRY_SECONDS)
-
-    def stop(self) -> None:
-        """Ends `run`."""
-        self._stopping.set()
 
     def look(self) -> None:
         """Reads the segments anew; raises Unavailable, and those known before stay."""

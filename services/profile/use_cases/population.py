@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
 
 from services.profile.domain.population import NOBODY, Population
 from services.profile.ports import PurchaseHistory, Purchases
-from shared.errors import Unavailable
-
-RETRY_SECONDS = 5.0
+from services.profile.use_cases.looks import Looks
 
 
-class PopulationWatch:
-    """Keeps the bounds in memory. One thread calls `run`; anybody reads `current`.
+class PopulationWatch(Looks):
+    """Keeps the bounds in memory; anybody reads `current`.
 
     Args:
         seconds: how often all shoppers are looked at.
     """
 
     def __init__(self, purchases: Purchases, clock_us: Callable[[], int], seconds: float) -> None:
+        super().__init__(seconds)
         self._purchases = purchases
         self._clock_us = clock_us
-        self._seconds = seconds
-        self._stopping = threading.Event()
         self.current = NOBODY
-
-    def run(self) -> None:
-        """Looks until `stop`; survives every outage."""
-        while not self._stopping.is_set():
-            try:
-                self.look()
-                self._stopping.wait(self._seconds)
-            except Unavailable:
-                self._stopping.wait(RETRY_SECONDS)
-
-    def stop(self) -> None:
-        """Ends `run`."""
-        self._stopping.set()
 
     def look(self) -> None:
         """Computes the bounds anew; raises Unavailable when the log cannot be read."""
