@@ -98,6 +98,9 @@ class Watermark:
     A sequence number would lie: it is handed out before commit, so that a late commit slips in
     behind a reader that trusts it. A snapshot says exactly which transactions were visible.
 
+    One thing it does not say: whether the numbers that it holds to be over will be given out again. What is
+    remembered is therefore its `durable` part.
+
     Attributes:
         xmin: every transaction below it is visible, or was rolled back.
         xmax: no transaction from it on is visible.
@@ -112,6 +115,19 @@ class Watermark:
         """Returns whether the reader has seen the transaction."""
         xid = transaction.xid if isinstance(transaction, ConsistencyToken) else transaction
         return xid < self.xmax and xid not in self.in_progress
+
+    def durable(self, newest_xid: int) -> Watermark:
+        """Returns the part of a snapshot that holds after a crash of PostgreSQL too.
+
+        A crash forgets the numbers of transactions of which nothing had reached the disk, as of those that were
+        rolled back a moment before, and gives them out again. What was visible had reached it, and so had every
+        number below.
+
+        Args:
+            newest_xid: the greatest transaction of which the snapshot shows a row to this reader; 0 for none.
+        """
+        xmax = min(self.xmax, newest_xid + 1)
+        return Watermark(min(self.xmin, xmax), xmax, frozenset(xid for xid in self.in_progress if xid < xmax))
 
     def to_pg(self) -> str:
         """Returns the text form of `pg_snapshot`."""

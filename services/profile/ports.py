@@ -33,7 +33,8 @@ class LogChanges:
     """What was committed to the log between two snapshots.
 
     Attributes:
-        watermark: the later snapshot.
+        watermark: how far who has read this is; the later snapshot's durable part.
+        snapshot: the later snapshot.
         events: what is new; empty when `overflow`.
         reconsented: shoppers whose consent changed; their windows must be loaded anew.
         erased: shoppers who were erased, for ever. Their rows may be there a while longer.
@@ -42,6 +43,7 @@ class LogChanges:
     """
 
     watermark: Watermark
+    snapshot: Watermark
     events: EventBatch
     reconsented: Sequence[UserKey] = ()
     erased: Sequence[UserKey] = ()

@@ -64,7 +64,7 @@ def test_readers_find_new_rows_by_index(shop: Shop) -> None:
 
 def test_a_service_reads_the_published_views_and_nothing_else(shop: Shop) -> None:
     for role in ("shopkeeper_profile", "shopkeeper_trainer"):
-        views = ["events_v1", "training_events_v1", "tombstones_v1", "consents_v1"]
+        views = ["events_v1", "training_events_v1", "tombstones_v1", "consents_v1", "log_transactions_v1"]
         # What was shown to whom is for training alone.
         views += ["training_responses_v1"] if role == "shopkeeper_trainer" else []
         for view in views:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
@@ -33,11 +31,10 @@ from services.profile.__main__ import SERVICE_NAMES, Profile
 from services.profile.settings import ProfileSettings
 from services.recommend.__main__ import RecommendService
 from services.recommend.settings import RecommendSettings
-from shared import embedded_postgres
 from shared.channel import open_channel
-from shared.database import ensure_database, migrate
 from shared.server import GrpcServer
 from shared.telemetry import Telemetry
+from tests.own_postgres import OwnPostgres
 from tests.recommend.chaos import Proxy, Wire
 from tests.recommend.shop import causes, eventually, ids, item, publish
 from tests.recommend.test_chaos import SECONDS
@@ -262,38 +259,11 @@ def test_every_call_is_answered_while_postgres_fails(
         database.close()
 
 
-class OwnPostgres:
-    """A PostgreSQL that belongs to one test: the process that answers, and all that it has forked."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        self.url = embedded_postgres.start(home)
-        ensure_database(self.url)
-        for service in ("feedback", "profile"):
-            migrate(self.url, service)
-
-    def signal(self, number: signal.Signals) -> None:
-        pid = int((self._home / "postgres" / "postmaster.pid").read_text().splitlines()[0])
-        postmaster = psutil.Process(pid)
-        # The parent first: it would start anew what dies.
-        processes = [postmaster, *postmaster.children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-        if number is signal.SIGKILL:
-            psutil.wait_procs(processes, 20)
-
-    def start_again(self) -> None:
-        from embedded_postgres import PostgresServer
-
-        PostgresServer._instances[(self._home / "postgres").resolve()].ensure_postgres_running()
-
-
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_every_call_is_answered_while_the_process_of_postgres_fails(
     postgres_homes: Callable[[], Path], keys_dir: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    database = OwnPostgres(postgres_homes())
+    database = OwnPostgres(postgres_homes(), "feedback", "profile")
     suite = Suite(database.url, keys_dir, tmp_path)
     try:
         token = suite.view("ann", "tea-1")
@@ -308,11 +278,6 @@ def test_every_call_is_answered_while_the_process_of_postgres_fails(
             database.start_again()
         # The way back needs nobody's help.
         eventually(lambda: is_recorded(suite, "ann", "shoe-1"), 90.0)
-
-        def sees_a_later_event() -> bool:
-            suite.view("ann", "shoe-2")
-            return suite.recommend_to("ann").freshness.events_used >= 2
-
-        eventually(sees_a_later_event, 60.0)
+        eventually(lambda: suite.recommend_to("ann").freshness.events_used >= 2, 60.0)
     finally:
         suite.close()

@@ -23,7 +23,7 @@ from services.profile.domain.items import (
     rounds_of_distinct_items,
 )
 from services.profile.ports import CatalogueChanges, StoredItem
-from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of
+from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of, watermark_of
 from shared.database import Database, trusted_sql
 from shared.errors import Unavailable
 from shared.tokens import Watermark
@@ -93,6 +93,7 @@ _WRITE = trusted_sql(
     RETURNING item_id, revision
     """  # noqa: S608
 )
+_FOLLOWED = "SELECT xid FROM items"
 _LOCK = "SELECT item_id, revision, deleted FROM items WHERE item_id = ANY(%s) ORDER BY item_id FOR UPDATE"
 
 
@@ -196,7 +197,8 @@ class PostgresCatalogue:
     def load(self) -> Iterator[CatalogueChanges]:
         """See `CatalogueStore.load`."""
         query = trusted_sql(f"SELECT xid::text, {ITEM_COLUMNS_WITHOUT_PICTURE} FROM items")  # noqa: S608
-        with _migrated(), snapshot_of(self._database) as (connection, watermark):
+        with _migrated(), snapshot_of(self._database) as (connection, snapshot):
+            watermark = watermark_of(connection, snapshot, _FOLLOWED)
             with connection.cursor(name="load_items") as cursor:
                 cursor.execute(query)
                 while rows := cursor.fetchmany(CHUNK_ROWS):
@@ -208,8 +210,9 @@ class PostgresCatalogue:
         query = trusted_sql(
             f"SELECT xid::text, {ITEM_COLUMNS_WITHOUT_PICTURE} FROM items WHERE {NEW_SINCE}"  # noqa: S608
         )
-        with _migrated(), snapshot_of(self._database) as (connection, watermark):
-            if watermark == since or watermark.xmax < since.xmax:
+        with _migrated(), snapshot_of(self._database) as (connection, snapshot):
+            watermark = watermark_of(connection, snapshot, _FOLLOWED, since)
+            if snapshot.xmax < since.xmax or (watermark.xmax == since.xmax and not since.in_progress):
                 return CatalogueChanges(watermark, ())
             rows = connection.execute(query, new_since(since)).fetchall()
         return CatalogueChanges(watermark, _stored(rows))

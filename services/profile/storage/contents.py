@@ -15,7 +15,7 @@ import psycopg
 from services.profile.domain.content_space import ContentSpace
 from services.profile.ports import ItemContent, NewVectors
 from services.profile.storage.catalogue import ITEM_COLUMNS_WITHOUT_PICTURE, item_of
-from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of
+from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of, watermark_of
 from shared.database import Database, trusted_sql
 from shared.tokens import Watermark
 
@@ -25,6 +25,7 @@ _KEPT_SPACES = 3
 _ITEMS = trusted_sql(
     f"SELECT {ITEM_COLUMNS_WITHOUT_PICTURE}, image_digest FROM items WHERE item_id = ANY(%s) AND NOT deleted"  # noqa: S608
 )
+_FOLLOWED = "SELECT xid FROM content_vectors"
 _NEW = trusted_sql(f"SELECT content_digest FROM content_vectors WHERE {NEW_SINCE}")  # noqa: S608
 
 
@@ -75,9 +76,10 @@ class PostgresContents:
 
     def new_vectors(self, since: Watermark | None) -> NewVectors:
         """See `ports.ContentStore`."""
-        with snapshot_of(self._database) as (connection, watermark):
+        with snapshot_of(self._database) as (connection, snapshot):
             version = _newest_version(connection)
-            if since is None or watermark == since:
+            watermark = watermark_of(connection, snapshot, _FOLLOWED, since)
+            if since is None or (watermark.xmax == since.xmax and not since.in_progress):
                 return NewVectors(watermark, (), version)
             rows = connection.execute(_NEW, new_since(since), binary=True).fetchall()
         return NewVectors(watermark, [bytes(digest) for (digest,) in rows], version)

@@ -26,7 +26,7 @@ from services.profile.domain.events import (
     group_by_user,
 )
 from services.profile.ports import ChangedUsers, LogChanges
-from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of
+from services.profile.storage.snapshots import NEW_SINCE, new_since, snapshot_of, watermark_of
 from shared.database import Database, trusted_sql
 from shared.errors import Unavailable
 from shared.identity import UserKey
@@ -74,6 +74,9 @@ _POLL = trusted_sql(f"""
         FROM (SELECT {_COLUMNS} FROM feedback.events_v1 WHERE {NEW_SINCE} LIMIT %(limit)s) AS fresh
     ) AS numbered GROUP BY chunk
 """)  # noqa: S608
+FOLLOWED = "SELECT xid FROM feedback.log_transactions_v1 UNION ALL SELECT xid FROM profile.merged_users"
+"""The transactions of all that the log's readers here follow."""
+
 _ERASED = "SELECT user_key FROM feedback.tombstones_v1"
 _POLL_ERASED = trusted_sql(f"{_ERASED} WHERE {NEW_SINCE}")
 _POLL_CONSENTS = trusted_sql(f"SELECT user_key FROM feedback.consents_v1 WHERE {NEW_SINCE}")  # noqa: S608
@@ -121,20 +124,22 @@ class PostgresEventLog:
 
     def poll(self, since: Watermark | None, max_events: int) -> LogChanges:
         """See `EventLog.poll`."""
-        with self._reading() as (connection, watermark):
+        with self._reading() as (connection, snapshot):
             if since is None:
+                watermark = watermark_of(connection, snapshot, FOLLOWED)
                 # Fails where the views are not there yet.
                 connection.execute("SELECT FROM feedback.events_v1 LIMIT 0")
                 connection.execute("SELECT FROM feedback.consents_v1 LIMIT 0")
                 erased = connection.execute(trusted_sql(_ERASED), binary=True).fetchall()
                 merged = connection.execute(trusted_sql(_ALL_MERGED), binary=True).fetchall()
                 return LogChanges(
-                    watermark, self._batch([]), erased=_keys(erased), merged=_merged_keys(merged)
+                    watermark, snapshot, self._batch([]), erased=_keys(erased), merged=_merged_keys(merged)
                 )
-            if watermark.xmax < since.xmax:
-                return LogChanges(watermark, self._batch([]), overflow=True)
-            if watermark == since:
-                return LogChanges(watermark, self._batch([]))
+            watermark = watermark_of(connection, snapshot, FOLLOWED, since)
+            if snapshot.xmax < since.xmax:
+                return LogChanges(watermark, snapshot, self._batch([]), overflow=True)
+            if watermark.xmax == since.xmax and not since.in_progress:
+                return LogChanges(watermark, snapshot, self._batch([]))
             new = new_since(since)
             chunks = connection.execute(_POLL, new | {"limit": max_events + 1}, binary=True).fetchall()
             consents = connection.execute(_POLL_CONSENTS, new, binary=True).fetchall()
@@ -144,6 +149,7 @@ class PostgresEventLog:
         overflow = len(batch) > max_events
         return LogChanges(
             watermark,
+            snapshot,
             self._batch([]) if overflow else batch,
             _keys(consents),
             _keys(erased),
@@ -166,8 +172,8 @@ class PostgresEventLog:
 
     def changed_since(self, since: Watermark, max_users: int) -> ChangedUsers:
         """See `EventLog.changed_since`."""
-        with self._reading() as (connection, watermark):
-            if watermark.xmax < since.xmax:
+        with self._reading() as (connection, snapshot):
+            if snapshot.xmax < since.xmax:
                 return ChangedUsers(None)
             new = new_since(since)
             changed = connection.execute(_CHANGED, new | {"limit": max_users + 1}, binary=True).fetchall()

@@ -10,7 +10,8 @@ from psycopg.rows import dict_row
 
 from services.profile.domain.events import MAX_WINDOW_EVENTS
 from services.profile.domain.rebuilds import FoldedShopper, Rebuild
-from services.profile.storage.snapshots import snapshot_of
+from services.profile.storage.log import FOLLOWED
+from services.profile.storage.snapshots import snapshot_of, watermark_of
 from shared.database import Database, trusted_sql
 from shared.errors import NotFound
 from shared.identity import UserKey
@@ -61,7 +62,8 @@ class PostgresRebuilds:
 
     def begin(self, rebuild_id: str) -> Watermark:
         """See `RebuildStore.begin`."""
-        with snapshot_of(self._database) as (connection, watermark):
+        with snapshot_of(self._database) as (connection, snapshot):
+            watermark = watermark_of(connection, snapshot, FOLLOWED)
             row = connection.execute(
                 "SELECT coalesce(sum(least(n, %s)), 0) FROM "
                 "(SELECT count(*) AS n FROM feedback.events_v1 GROUP BY user_key) AS shoppers",

@@ -52,6 +52,7 @@ class LogFollower:
         self._nudged = threading.Event()
         self._moved = threading.Condition()
         self._watermark: Watermark | None = None
+        self._snapshot: Watermark | None = None
         self._watermark_time_us = 0
         self._polls_begun = 0
         self._polls_ended = 0
@@ -141,6 +142,7 @@ class LogFollower:
         self._subscriptions.publish(changed, erased, changes.watermark, time_us)
         with self._moved:
             self._watermark, self._watermark_time_us = changes.watermark, time_us
+            self._snapshot = changes.snapshot
             self._problem = None
             self._polls_ended = self._polls_begun
             self._moved.notify_all()
@@ -172,13 +174,18 @@ class LogFollower:
             self._nudged.set()
             deadline = time.monotonic() + timeout_seconds
             while not self.watermark.covers(token):
-                if self._polls_ended >= needed and self._problem is None and token.xid >= self.watermark.xmax:
-                    raise FailedPrecondition(
-                        "CONSISTENCY_TOKEN_AHEAD",
-                        "The consistency token is ahead of the log: it belongs to another installation, or "
-                        "to a time before a restored backup. Leave it out.",
-                        {"xid": str(token.xid)},
-                    )
+                if self._polls_ended >= needed and self._problem is None and self._snapshot is not None:
+                    if token.xid >= self._snapshot.xmax:
+                        raise FailedPrecondition(
+                            "CONSISTENCY_TOKEN_AHEAD",
+                            "The consistency token is ahead of the log: it belongs to another installation, or "
+                            "to a time before a restored backup. Leave it out.",
+                            {"xid": str(token.xid)},
+                        )
+                    # Taken after the commit, so the number means the same to it. Of a commit without a row, as where
+                    # all was there already, the watermark does not tell.
+                    if self._snapshot.covers(token):
+                        break
                 remaining = deadline - time.monotonic()
                 if remaining <= 0 or self._stopping.is_set():
                     raise DeadlineExceeded(

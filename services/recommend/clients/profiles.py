@@ -63,9 +63,9 @@ class ProfileClient:
         self._on_erased = on_erased
         self._lock = threading.Condition()
         self._profiles: OrderedDict[bytes, LiveHistory] = OrderedDict()
-        self._position: dict[bytes, int] = {}
+        self._position: dict[bytes, tuple[int, int]] = {}
         self._watermark: Watermark | None = None
-        self._start: int | None = None
+        self._start: tuple[int, int] | None = None
         self._encoded_watermark = b""
         self._watermark_time: float | None = None
         self._progress_time: float | None = None
@@ -186,7 +186,7 @@ class ProfileClient:
             with self._lock:
                 self._watermark, self._encoded_watermark = watermark, message.watermark
                 if self._start is None:
-                    self._start = watermark.xmax
+                    self._start = _order(watermark)
                 now = time.time()
                 read = (
                     message.watermark_time.ToNanoseconds() / 1e9
@@ -199,13 +199,13 @@ class ProfileClient:
 
     def _take(self, live: live_profile_pb2.LiveProfile, *, fresh: bool) -> LiveHistory:
         """Takes a live profile in, unless a newer one of the shopper is here; returns the newer."""
-        position = Watermark.decode(live.watermark).xmax if live.watermark else 0
+        position = _order(Watermark.decode(live.watermark)) if live.watermark else (0, 0)
         history = self._history(live)
         segments = segments_of(live)
         made = LiveHistory(history, live.personalisation, live.watermark, segments)
         with self._lock:
             held = self._profiles.get(live.user_key)
-            if held is not None and self._position.get(live.user_key, 0) > position:
+            if held is not None and self._position.get(live.user_key, (0, 0)) > position:
                 return held
             if not fresh and (self._start is None or position < self._start):
                 # From before the stream began, by a replica that lags: nobody would tell what came between.
@@ -238,6 +238,12 @@ class ProfileClient:
             [e.occurred_at.seconds + e.occurred_at.nanos * 1e-9 for e in events], dtype=np.float64
         )
         return History(rows_N, np.array([event.kind for event in events], dtype=np.int32), times_N)
+
+
+def _order(watermark: Watermark) -> tuple[int, int]:
+    """Returns by what watermarks of one log compare: the later one shows more."""
+    # A commit in the midst of what was seen already moves nothing but the list of those that are missing.
+    return watermark.xmax, -len(watermark.in_progress)
 
 
 _STAGE_OF = {

@@ -42,6 +42,10 @@ _CONNECT_SECONDS = 5.0
 # What reading may raise: the server's answers, the way to it, and what came on it.
 LOG_ERRORS = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, ValueError)
 
+_POSITION = """
+SELECT pg_current_snapshot()::text,
+    (SELECT t.xid::text FROM feedback.log_transactions_v1 AS t ORDER BY t.xid DESC LIMIT 1)
+"""
 _ROWS = f"SELECT {WITHOUT_EVENT_KEY.columns} FROM feedback.training_events_v1 WHERE "  # noqa: S608
 
 
@@ -105,6 +109,13 @@ async def one_snapshot(conninfo: str) -> AsyncIterator[asyncpg.Connection[Any]]:
         await connection.close(timeout=_CONNECT_SECONDS)
 
 
+async def position(connection: asyncpg.Connection[Any]) -> tuple[Watermark, Watermark]:
+    """Returns the watermark of who reads everything that the connection's snapshot shows, and the snapshot."""
+    row = await connection.fetchrow(_POSITION)
+    snapshot = Watermark.parse_pg(row[0])
+    return snapshot.durable(int(row[1] or 0)), snapshot
+
+
 async def _read(
     conninfo: str,
     start_time: datetime | None,
@@ -113,9 +124,7 @@ async def _read(
     as_of: str,
 ) -> KeyedEvents:
     async with one_snapshot(conninfo) as connection:
-        watermark = Watermark.parse_pg(
-            as_of or await connection.fetchval("SELECT pg_current_snapshot()::text")
-        )
+        watermark = Watermark.parse_pg(as_of) if as_of else (await position(connection))[0]
         # A bound that bounds nothing would still be compared with every row.
         conditions: list[tuple[str, Any]] = [("kind = ANY(${})", list(kinds))]
         if start_time is not None:

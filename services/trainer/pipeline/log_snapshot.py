@@ -1,6 +1,6 @@
 """Day files kept up with the log: what was read once is not read again, and who must be forgotten is.
 
-S0 is the snapshot that the newest set holds, S1 the present one. Read are the events that S1 sees and S0 did not
+S0 is the snapshot that the newest set holds, S1 the present one; what is kept of either is its durable part. Read are the events that S1 sees and S0 did not
 (decision 0001): a late event, or one whose transaction committed late, is among them whatever its time, and goes to
 the day of its time. Beside them:
 
@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 from services.trainer.pipeline.copy_decoding import WITH_EVENT_KEY, RowBlock, arrow_keys, unified
 from services.trainer.pipeline.dataset import EventColumns
-from services.trainer.pipeline.log_reader import copy_out, one_snapshot
+from services.trainer.pipeline.log_reader import copy_out, one_snapshot, position
 from services.trainer.pipeline.snapshot_files import (
     DAY_MICROSECONDS,
     SCHEMA,
@@ -136,11 +136,10 @@ async def _refresh(conninfo: str, directory: SnapshotDirectory, damaged: set[int
 
 
 async def _news(connection: asyncpg.Connection[Any], before: SnapshotSet | None) -> _News:
-    watermark = await connection.fetchval("SELECT pg_current_snapshot()::text")
+    reached, snapshot = await position(connection)
+    watermark = reached.to_pg()
     # A restored database counts its transactions anew: what lies ahead of the server is of another one.
-    starts_anew = before is None or (
-        Watermark.parse_pg(before.watermark).xmax > Watermark.parse_pg(watermark).xmax
-    )
+    starts_anew = before is None or Watermark.parse_pg(before.watermark).xmax > snapshot.xmax
     counts = {row["day"]: row["events"] for row in await connection.fetch(_COUNTS)}
     if before is None or starts_anew:
         return _News(watermark, [], await _rows(connection, _ROWS), counts, True)

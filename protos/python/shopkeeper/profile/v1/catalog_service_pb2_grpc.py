@@ -180,8 +180,8 @@ class CatalogServiceServicer:
     def WatchItems(self, request, context):
         """Streams the whole catalogue, then every change within a second of its
         commit. Several changes of one item may arrive as one. A message without
-        changes arrives at least every 250 ms and moves the watermark on. The stream
-        ends with OK when it reaches the server's age limit: resume at once.
+        changes arrives at least every 250 ms. The stream ends with OK when it reaches
+        the server's age limit: resume at once.
 
         Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
         """

@@ -79,8 +79,8 @@ class CatalogServiceStub:
     WatchItems: _grpc.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemsRequest, _catalog_service_pb2.WatchItemsResponse]
     """Streams the whole catalogue, then every change within a second of its
     commit. Several changes of one item may arrive as one. A message without
-    changes arrives at least every 250 ms and moves the watermark on. The stream
-    ends with OK when it reaches the server's age limit: resume at once.
+    changes arrives at least every 250 ms. The stream ends with OK when it reaches
+    the server's age limit: resume at once.
 
     Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
     """
@@ -166,8 +166,8 @@ class CatalogServiceAsyncStub(CatalogServiceStub):
     WatchItems: _aio.UnaryStreamMultiCallable[_catalog_service_pb2.WatchItemsRequest, _catalog_service_pb2.WatchItemsResponse]  # type: ignore[assignment]
     """Streams the whole catalogue, then every change within a second of its
     commit. Several changes of one item may arrive as one. A message without
-    changes arrives at least every 250 ms and moves the watermark on. The stream
-    ends with OK when it reaches the server's age limit: resume at once.
+    changes arrives at least every 250 ms. The stream ends with OK when it reaches
+    the server's age limit: resume at once.
 
     Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
     """
@@ -292,8 +292,8 @@ class CatalogServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_catalog_service_pb2.WatchItemsResponse], _abc.AsyncIterator[_catalog_service_pb2.WatchItemsResponse]]:
         """Streams the whole catalogue, then every change within a second of its
         commit. Several changes of one item may arrive as one. A message without
-        changes arrives at least every 250 ms and moves the watermark on. The stream
-        ends with OK when it reaches the server's age limit: resume at once.
+        changes arrives at least every 250 ms. The stream ends with OK when it reaches
+        the server's age limit: resume at once.
 
         Fails with `INVALID_WATERMARK`, `CATALOGUE_LOADING`, `TOO_MANY_STREAMS`.
         """

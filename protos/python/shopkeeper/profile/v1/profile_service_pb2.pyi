@@ -327,7 +327,9 @@ class WatchProfilesResponse(_message.Message):
 
     @_builtins.property
     def watermark_time(self) -> _timestamp_pb2.Timestamp:
-        """When the watermark was read from the log. Not set when it is empty."""
+        """When the log was read last; the watermark stays where nothing was new. Not set
+        when the watermark is empty.
+        """
 
     def __init__(
         self,

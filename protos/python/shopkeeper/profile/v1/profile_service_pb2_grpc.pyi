@@ -58,8 +58,8 @@ class ProfileServiceStub:
     changes, and who was erased.
 
     Several changes of one shopper may arrive as one. A message without changes
-    arrives at least every 250 ms and moves the watermark on. The stream ends
-    with OK when it reaches the server's age limit: resume at once.
+    arrives at least every 250 ms and says when the log was read last. The stream
+    ends with OK when it reaches the server's age limit: resume at once.
 
     Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
@@ -182,8 +182,8 @@ class ProfileServiceAsyncStub(ProfileServiceStub):
     changes, and who was erased.
 
     Several changes of one shopper may arrive as one. A message without changes
-    arrives at least every 250 ms and moves the watermark on. The stream ends
-    with OK when it reaches the server's age limit: resume at once.
+    arrives at least every 250 ms and says when the log was read last. The stream
+    ends with OK when it reaches the server's age limit: resume at once.
 
     Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
     """
@@ -321,8 +321,8 @@ class ProfileServiceServicer(metaclass=_abc_1.ABCMeta):
         changes, and who was erased.
 
         Several changes of one shopper may arrive as one. A message without changes
-        arrives at least every 250 ms and moves the watermark on. The stream ends
-        with OK when it reaches the server's age limit: resume at once.
+        arrives at least every 250 ms and says when the log was read last. The stream
+        ends with OK when it reaches the server's age limit: resume at once.
 
         Fails with `INVALID_WATERMARK`, `TOO_MANY_STREAMS`.
         """
