@@ -85,6 +85,10 @@ class PersonStore(Protocol):
         """
         ...
 
+    def first_purged(self, user_keys: Sequence[bytes]) -> datetime | None:
+        """Returns when the first of the person's events came in that a purge or its age took; None where none did."""
+        ...
+
     def export_events(self, user_keys: Sequence[bytes]) -> Iterator[list[dict[str, Any]]]:
         """Yields the person's events from the oldest, texts decrypted, in lists of a few hundred."""
         ...

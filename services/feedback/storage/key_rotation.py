@@ -36,6 +36,7 @@ SELECT DISTINCT user_key, key_version FROM (
 _OLD_KEYS_WITHOUT_EVENTS = """
 SELECT user_key, key_version FROM feedback.consents WHERE key_version < %s
 UNION SELECT user_key, key_version FROM feedback.data_keys WHERE key_version < %s
+UNION SELECT user_key, key_version FROM feedback.purged_people WHERE key_version < %s
 LIMIT %s
 """
 _REWRITE_EVENTS = """
@@ -55,6 +56,15 @@ ON CONFLICT (user_key) DO UPDATE SET
     personalisation = excluded.personalisation, training = excluded.training, marketing = excluded.marketing,
     updated_at = excluded.updated_at, xid = pg_current_xact_id()
 WHERE present.updated_at < excluded.updated_at
+"""
+_MOVE_PURGED = """
+WITH gone AS (
+    DELETE FROM feedback.purged_people AS p USING unnest(%(old)s::bytea[], %(new)s::bytea[]) AS u (old_key, new_key)
+    WHERE p.user_key = u.old_key RETURNING u.new_key, p.first_received_at
+)
+INSERT INTO feedback.purged_people AS present (user_key, key_version, first_received_at)
+SELECT new_key, %(target)s, min(first_received_at) FROM gone GROUP BY new_key ORDER BY new_key
+ON CONFLICT (user_key) DO UPDATE SET first_received_at = LEAST(present.first_received_at, excluded.first_received_at)
 """
 _DROP_CONSENTS = "DELETE FROM feedback.consents WHERE user_key = ANY (%(old)s)"
 _RETIRE = """
@@ -214,6 +224,7 @@ class PostgresKeyRotation:
             rewritten = connection.execute(_REWRITE_EVENTS, parameters).rowcount
             connection.execute(_COPY_CONSENTS, parameters)
             connection.execute(_DROP_CONSENTS, parameters)
+            connection.execute(_MOVE_PURGED, parameters)
             connection.execute(_RETIRE, parameters)
             connection.execute(
                 "UPDATE feedback.key_rotations SET rewritten_rows = rewritten_rows + %s, "
@@ -267,7 +278,7 @@ class PostgresKeyRotation:
         target = self._chain.current_version
         with self._database.connect() as connection:
             old = connection.execute(
-                _OLD_KEYS_WITHOUT_EVENTS, (target, target, _PAGE_ROWS), binary=True
+                _OLD_KEYS_WITHOUT_EVENTS, (target, target, target, _PAGE_ROWS), binary=True
             ).fetchall()
         if old:
             self._rewrite(rotation_id, old, None)

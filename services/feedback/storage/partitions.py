@@ -18,12 +18,21 @@ import psycopg
 from psycopg import sql
 
 from services.feedback.domain.event_key import first_event_key
+from shared.database import trusted_sql
 
 FIRST_MONTH = (2000 - 1970) * 12
 # The locks of the log, in one family: whoever stores shares WRITERS, whoever erases takes it alone for a moment.
 WRITERS_LOCK = 0x46424C57
 PARTITIONS_LOCK = 0x46424C50
 LOCK_TIMEOUT_MS = 300
+
+REMEMBER = """
+INSERT INTO feedback.purged_people AS p (user_key, key_version, first_received_at)
+SELECT user_key, max(key_version), min(received_at) FROM {gone} GROUP BY user_key ORDER BY user_key
+ON CONFLICT (user_key) DO UPDATE SET first_received_at = excluded.first_received_at
+WHERE excluded.first_received_at < p.first_received_at
+"""
+"""Remembers since when models may hold people whose events go, for their receipts; `gone` has the events."""
 
 
 def months_of(event_keys: Iterable[bytes]) -> npt.NDArray[np.int64]:
@@ -100,10 +109,29 @@ def ensure_month(connection: psycopg.Connection[Any], month: int) -> None:
         )
 
 
-def drop_month(connection: psycopg.Connection[Any], month: int) -> int:
+def remember_month(connection: psycopg.Connection[Any], month: int) -> int:
+    """Remembers whose events a month holds; returns the transaction below which all of them have been remembered."""
+    connection.execute("SET LOCAL statement_timeout = 0")
+    row = connection.execute("SELECT pg_snapshot_xmin(pg_current_snapshot())::text").fetchone()
+    connection.execute(trusted_sql(REMEMBER.format(gone=f"feedback.{partition_name(month)}")))
+    return int(row[0]) if row else 0
+
+
+def forget_remembered(connection: psycopg.Connection[Any]) -> None:
+    """Drops what was remembered of people who were forgotten meanwhile: their tombstones tell."""
+    connection.execute(
+        "DELETE FROM feedback.purged_people AS p USING ("
+        "SELECT unnest(user_keys) AS user_key FROM feedback.tombstones) AS t WHERE p.user_key = t.user_key"
+    )
+
+
+def drop_month(connection: psycopg.Connection[Any], month: int, remembered_below: int) -> int:
     """Detaches and drops the partition of a month, in one transaction; returns the number of its rows.
 
     An event of that month that comes later goes to the default partition, or makes the month anew.
+
+    Args:
+        remembered_below: what `remember_month` returned; whose events came since is remembered here.
 
     Raises:
         psycopg.errors.LockNotAvailable: a long reader holds the log; try again later.
@@ -115,6 +143,8 @@ def drop_month(connection: psycopg.Connection[Any], month: int) -> int:
         if month not in existing_months(connection):
             return 0
         connection.execute(sql.SQL("ALTER TABLE feedback.events DETACH PARTITION {}").format(name))
+        late = f"(SELECT * FROM feedback.{partition_name(month)} WHERE xid >= %s::text::xid8) AS late"  # noqa: S608
+        connection.execute(trusted_sql(REMEMBER.format(gone=late)), (str(remembered_below),))
         row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(name)).fetchone()
         connection.execute(sql.SQL("DROP TABLE {}").format(name))
     return int(row[0]) if row else 0
@@ -122,6 +152,12 @@ def drop_month(connection: psycopg.Connection[Any], month: int) -> int:
 
 def erase_from_default(connection: psycopg.Connection[Any], month: int) -> int:
     """Erases events before a month that no month's partition took; returns their number."""
-    return connection.execute(
-        "DELETE FROM feedback.events_default WHERE event_key < %s::uuid", (_first_key_of_month(month),)
-    ).rowcount
+    row = connection.execute(
+        trusted_sql(
+            "WITH erased AS (DELETE FROM feedback.events_default WHERE event_key < %s::uuid "  # noqa: S608
+            f"RETURNING user_key, key_version, received_at), remembered AS ({REMEMBER.format(gone='erased')}) "
+            "SELECT count(*) FROM erased"
+        ),
+        (_first_key_of_month(month),),
+    ).fetchone()
+    return int(row[0]) if row else 0

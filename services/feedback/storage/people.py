@@ -148,6 +148,13 @@ class PostgresPeople:
             rows["consents"] = min(1, erased.rowcount)
             erased = connection.execute("DELETE FROM feedback.data_keys WHERE user_key = ANY (%s)", (keys,))
             rows["data_keys"] = erased.rowcount
+            # A purge, or their age, may have taken others of the person's events before.
+            row = connection.execute(
+                "WITH gone AS (DELETE FROM feedback.purged_people WHERE user_key = ANY (%s) RETURNING first_received_at) "
+                "SELECT LEAST(min(first_received_at), %s) FROM gone",
+                (keys, first_received_at),
+            ).fetchone()
+            first_received_at = row[0] if row else first_received_at
             connection.execute("DELETE FROM feedback.bot_windows WHERE user_keys && %s::bytea[]", (keys,))
             # A reader that saw the tombstone before the rows were gone sees it once more.
             row = connection.execute(
@@ -226,6 +233,15 @@ class PostgresPeople:
             if len(rows) < _EXPORT_ROWS:
                 return
             last = rows[-1]["key"]
+
+    def first_purged(self, user_keys: Sequence[bytes]) -> datetime | None:
+        """Returns when the first of the person's events came in that a purge or its age took; None where none did."""
+        with self._database.connect() as connection:
+            row = connection.execute(
+                "SELECT min(first_received_at) FROM feedback.purged_people WHERE user_key = ANY (%s)",
+                (list(user_keys),),
+            ).fetchone()
+        return row[0] if row else None
 
     def _data_keys(self, user_keys: Sequence[bytes]) -> dict[bytes, tuple[bytes, AESGCMSIV]]:
         with self._database.begin() as connection:

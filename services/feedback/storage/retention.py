@@ -9,11 +9,14 @@ from datetime import datetime, timedelta
 import psycopg
 
 from services.feedback.storage.partitions import (
+    REMEMBER,
     drop_month,
     erase_from_default,
     existing_months,
+    forget_remembered,
     month_of,
     partition_name,
+    remember_month,
 )
 from shared.database import Database
 from shared.telemetry import get_logger
@@ -35,8 +38,9 @@ SELECT (SELECT count(*) FROM {counted}), (SELECT count(*) FROM page),
 """
 _COUNT_PAGE = _PURGE.format(erased="", counted="doomed")
 _ERASE_PAGE = _PURGE.format(
-    erased=", erased AS (DELETE FROM feedback.events AS e USING doomed AS d "
-    "WHERE e.event_key = d.event_key RETURNING 1)",
+    erased=", erased AS (DELETE FROM feedback.events AS e USING doomed AS d "  # noqa: S608
+    "WHERE e.event_key = d.event_key RETURNING e.user_key, e.key_version, e.received_at), "
+    f"remembered AS ({REMEMBER.format(gone='erased')})",
     counted="erased",
 )
 
@@ -106,8 +110,10 @@ class Retention:
             due = sorted(month for month in existing_months(connection) if month < cutoff)
         for month in due:
             with self._database.connect() as connection:
+                remembered_below = remember_month(connection, month)
+            with self._database.connect() as connection:
                 try:
-                    rows = drop_month(connection, month)
+                    rows = drop_month(connection, month, remembered_below)
                 except psycopg.errors.LockNotAvailable:
                     # A training run reads the log. There is time: the next round tries again.
                     self._logger.info("retention put off", month=partition_name(month))
@@ -116,4 +122,7 @@ class Retention:
         with self._database.connect() as connection:
             if rows := erase_from_default(connection, cutoff):
                 self._logger.info("old events without a month erased", rows=rows)
+        if due:
+            with self._database.connect() as connection:
+                forget_remembered(connection)
         return False

@@ -77,7 +77,7 @@ class ExportUser:
         self._consents = consents
 
     def export(self, user_keys: Sequence[bytes], tombstone_key: bytes) -> Iterator[list[str]]:
-        """Yields JSON lines: first the consent in force, then the events from the oldest."""
+        """Yields JSON lines: first the consent in force, then since when events are gone, then those there are from the oldest."""
         consent = self._consents.read_consent(user_keys, tombstone_key).in_force()
         yield [
             _json_line(
@@ -91,6 +91,8 @@ class ExportUser:
                 }
             )
         ]
+        if (first := self._people.first_purged(user_keys)) is not None:
+            yield [_json_line({"type": "purged_events", "first_received_at": first.isoformat()})]
         for events in self._people.export_events(user_keys):
             yield [_json_line({"type": "event", **event}) for event in events]
 

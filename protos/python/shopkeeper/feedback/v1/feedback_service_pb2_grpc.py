@@ -272,8 +272,9 @@ class FeedbackServiceServicer:
 
     def ExportUser(self, request, context):
         """Returns all that is known of a person, decrypted, as JSON lines: consent
-        first, then events from the oldest. An unknown person yields the consent
-        line alone.
+        first, then since when events came in that a purge or their age has taken
+        (`purged_events`, where there are such), then events from the oldest. An
+        unknown person yields the consent line alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

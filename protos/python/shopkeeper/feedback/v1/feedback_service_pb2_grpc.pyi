@@ -93,8 +93,9 @@ class FeedbackServiceStub:
     """
     ExportUser: _grpc.UnaryStreamMultiCallable[_feedback_service_pb2.ExportUserRequest, _feedback_service_pb2.ExportUserResponse]
     """Returns all that is known of a person, decrypted, as JSON lines: consent
-    first, then events from the oldest. An unknown person yields the consent
-    line alone.
+    first, then since when events came in that a purge or their age has taken
+    (`purged_events`, where there are such), then events from the oldest. An
+    unknown person yields the consent line alone.
     """
     PurgeEvents: _grpc.UnaryUnaryMultiCallable[_feedback_service_pb2.PurgeEventsRequest, _feedback_service_pb2.PurgeEventsResponse]
     """Erases events of a time range; a dry run unless `force` is set. Leaves no
@@ -202,8 +203,9 @@ class FeedbackServiceAsyncStub(FeedbackServiceStub):
     """
     ExportUser: _aio.UnaryStreamMultiCallable[_feedback_service_pb2.ExportUserRequest, _feedback_service_pb2.ExportUserResponse]  # type: ignore[assignment]
     """Returns all that is known of a person, decrypted, as JSON lines: consent
-    first, then events from the oldest. An unknown person yields the consent
-    line alone.
+    first, then since when events came in that a purge or their age has taken
+    (`purged_events`, where there are such), then events from the oldest. An
+    unknown person yields the consent line alone.
     """
     PurgeEvents: _aio.UnaryUnaryMultiCallable[_feedback_service_pb2.PurgeEventsRequest, _feedback_service_pb2.PurgeEventsResponse]  # type: ignore[assignment]
     """Erases events of a time range; a dry run unless `force` is set. Leaves no
@@ -380,8 +382,9 @@ class FeedbackServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_feedback_service_pb2.ExportUserResponse], _abc.AsyncIterator[_feedback_service_pb2.ExportUserResponse]]:
         """Returns all that is known of a person, decrypted, as JSON lines: consent
-        first, then events from the oldest. An unknown person yields the consent
-        line alone.
+        first, then since when events came in that a purge or their age has taken
+        (`purged_events`, where there are such), then events from the oldest. An
+        unknown person yields the consent line alone.
         """
 
     @_abc_1.abstractmethod
