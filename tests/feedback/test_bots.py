@@ -9,6 +9,9 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from shopkeeper.feedback.v1 import consent_pb2, event_pb2, feedback_service_pb2, feedback_service_pb2_grpc
 
@@ -143,6 +146,25 @@ def test_people_who_browse_at_random_are_seldom_taken_for_machines() -> None:
     # Exponential is steadier than people are: their pauses have heavy tails.
     hours = (np.cumsum(rng.exponential(60_000, 40)).astype(int).tolist() for _ in range(2_000))
     assert sum(is_metronome(hour, 30) for hour in hours) == 0
+
+
+def test_shoppers_of_a_real_shop_are_not_taken_for_machines(test_data: Path) -> None:
+    """Views and clicks of 8,000 shoppers over ten weeks; few of their hours hold as many as the rules look at."""
+    rules, click = BotRules(), 6
+    table = pq.read_table(test_data / "jd_actions" / "actions.parquet", columns=["user_id", "ts", "type"])
+    shown = pc.is_in(pc.cast(table["type"], pa.int32()), pa.array([1, click], pa.int32()))
+    users = table.filter(shown)["user_id"].to_numpy()
+    seconds = pc.cast(table.filter(shown)["ts"], pa.timestamp("s")).to_numpy().astype(np.int64)
+    in_minutes = Counter(zip(users.tolist(), (seconds // 60).tolist(), strict=True))
+    assert max(in_minutes.values()) <= rules.views_per_minute
+    hours: dict[tuple[int, int], set[int]] = {}
+    for user, second in zip(users.tolist(), seconds.tolist(), strict=True):
+        hours.setdefault((user, second // 3600), set()).add(second % 3600 * 1_000)
+    looked_at = [sorted(hour) for hour in hours.values() if len(hour) >= rules.metronome_views]
+    assert len(looked_at) >= 10
+    assert not any(is_metronome(hour, rules.metronome_views) for hour in looked_at)
+    # There is one who looks every thirty seconds, for eight views: too few to be sure.
+    assert any(is_metronome(sorted(hour), 8) for hour in hours.values())
 
 
 @pytest.mark.parametrize("page_rows", [1, 5, 100_000])

@@ -65,18 +65,26 @@ RETURNING subject_key, is_session, starts_at, seconds, user_keys,
     CASE WHEN cardinality(moments) >= %(metronome)s THEN moments END AS moments
 """
 # By the index of shoppers: a session's rows are found through whose they are. Those of shoppers beyond the list came
-# after the session was over its limit, and are in the page just counted.
+# after the session was over its limit, and are in the page just counted. A shopper's rows are read once, not once a
+# window: one who sends millions has thousands of windows.
 _MARK = """
 WITH beyond AS MATERIALIZED (
     SELECT * FROM unnest(%(subjects)s::bytea[], %(sessions)s::boolean[], %(starts)s::timestamptz[],
         %(seconds)s::smallint[]) AS u (subject_key, is_session, starts_at, seconds)
-), doomed AS (
-    SELECT e.event_key FROM beyond AS b
+), of_shoppers AS MATERIALIZED (
+    SELECT b.*, k.user_key FROM beyond AS b
     JOIN feedback.bot_windows AS w USING (subject_key, is_session, starts_at, seconds)
     CROSS JOIN LATERAL unnest(w.user_keys) AS k (user_key)
-    JOIN feedback.events AS e ON e.user_key = k.user_key
-        AND (NOT b.is_session OR e.session_key = b.subject_key)
-        AND e.occurred_at >= b.starts_at AND e.occurred_at < b.starts_at + make_interval(secs => b.seconds)
+), theirs AS MATERIALIZED (
+    SELECT e.event_key, e.user_key, e.session_key, e.occurred_at
+    FROM (SELECT DISTINCT user_key FROM of_shoppers) AS s JOIN feedback.events AS e USING (user_key)
+    WHERE NOT e.is_bot AND e.occurred_at >= (SELECT min(starts_at) FROM beyond)
+        AND e.occurred_at < (SELECT max(starts_at) + interval '1 hour' FROM beyond)
+), doomed AS (
+    SELECT t.event_key FROM theirs AS t CROSS JOIN (VALUES (60::smallint), (3600::smallint)) AS w (seconds)
+    JOIN of_shoppers AS b ON b.user_key = t.user_key AND b.seconds = w.seconds
+        AND b.starts_at = date_bin(make_interval(secs => w.seconds), t.occurred_at, '2000-01-01Z'::timestamptz)
+        AND (NOT b.is_session OR t.session_key = b.subject_key)
     UNION
     SELECT e.event_key FROM feedback.events AS e
     JOIN beyond AS b ON b.is_session AND e.session_key = b.subject_key
