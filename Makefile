@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(CURDIR)/$(TOOLS)/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test lint types unit integration judge protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose dashboards drill release clean
+.PHONY: help install demo up test lint types unit integration judge protos requirements bench-ingest bench-serve bench-freshness bench-new-items bench-diversity bench-profile bench-encoders bench-read bench-warm-start bench-quality bench-shops bench-privacy verify-privacy bench-peers bench-serve-peers bench-ranker bench-sizes bench-pods verify-crash verify-histories verify-overload verify-swaps verify-chaos verify-bundles verify-portraits verify-deploy test-compose dashboards drill release clean
 
 help:  ## Show what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -115,6 +115,9 @@ bench-serve-peers: $(INSTALLED)  ## CPU of an answer beside implicit, RecTools a
 	  $(PEERS)/bin/pip install --quiet --require-hashes --no-deps -r requirements/peers.txt && touch $(PEERS)/.installed; } \
 	  || { echo "The peers cannot be installed here: skipped." >&2; exit 0; }; \
 	  test ! -e $(PEERS)/.installed || python -m tests.benchmarks.bench_serve_peers --python $(PEERS)/bin/python
+
+bench-pods: $(INSTALLED)  ## What each pod needs and what a call costs it, over mutual TLS as it is deployed
+	python -m tests.benchmarks.bench_pods
 
 bench-sizes: $(INSTALLED)  ## Parameters, memory and time of a step of each named size of the model
 	python -m tests.benchmarks.bench_sizes
