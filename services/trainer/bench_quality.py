@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -48,11 +49,12 @@ from services.trainer.pipeline.plan import Plan
 from shared.bundle.history import INTEREST_KINDS
 from shared.bundle.manifest import ScoringParameters
 from shared.bundle.scoring import Companion, CooccurrenceMatrix
-from shared.errors import FailedPrecondition
+from shared.errors import FailedPrecondition, InvalidInput
 
 _NAMES = ("hr@5", "hr@10", "hr@20", "ndcg@10")
 # Every contestant ranks so many (person, item) pairs at most, about two minutes in all; the answers are for everybody.
 _MEASURED_CELLS, _MEASURED_PEOPLE = 800_000_000, 5_000
+_FORMAT = "It must hold a person a line: `user item item …`, oldest first."
 # Of a person: all, but for robots.
 _MAX_USER_EVENTS = 2_000
 
@@ -71,18 +73,31 @@ class Sequences:
     ends_in_run: frozenset[int]
 
 
+class UnreadableInput(Exception):
+    """What was given cannot be read; the message says where and what helps."""
+
+
 def read_sequences(path: Path) -> Sequences:
-    """Reads a file of histories: white space of any kind, empty lines, and people in several lines are no matter."""
+    """Reads a file of histories: white space of any kind, empty lines, and people in several lines are no matter.
+
+    Raises:
+        UnreadableInput: there is no such file, or it is no UTF-8.
+    """
     number_of: dict[str, int] = {}
     items_of: dict[str, list[int]] = {}
-    with path.open(encoding="utf-8-sig") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            name, *sequence = line.split()
-            items_of.setdefault(name, []).extend(
-                number_of.setdefault(item, len(number_of)) for item in sequence
-            )
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                name, *sequence = line.split()
+                items_of.setdefault(name, []).extend(
+                    number_of.setdefault(item, len(number_of)) for item in sequence
+                )
+    except UnicodeDecodeError as error:
+        raise UnreadableInput(f"{path}, line {_line_that_is_no_text(path)}: not UTF-8. {_FORMAT}") from error
+    except OSError as error:
+        raise UnreadableInput(f"{path}: {error.strerror}. {_FORMAT}") from error
     lengths = [len(items) for items in items_of.values()]
     count = sum(lengths)
     # The file has an order and no times.
@@ -100,11 +115,31 @@ def read_sequences(path: Path) -> Sequences:
     return Sequences(events, list(items_of), frozenset(ends_in_run))
 
 
+def _line_that_is_no_text(path: Path) -> int:
+    """Returns the number of the first line, from 1, that is no UTF-8; 0 where all are."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
 def read_attributes(path: Path) -> dict[str, list[str]]:
-    """Returns the attribute values of each item id; none where there is no such file."""
+    """Returns the attribute values of each item id; none where there is no such file.
+
+    Raises:
+        UnreadableInput: it is no JSON object.
+    """
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8-sig"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UnreadableInput(f"{path}: {error}. It must be JSON: item id to a list of values.") from error
+    if not isinstance(found, dict):
+        raise UnreadableInput(f"{path}: it must be a JSON object of item id to a list of values.")
     return {
         str(item): [str(value) for value in (values if isinstance(values, list) else [values])]
         for item, values in found.items()
@@ -164,7 +199,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     overrides: dict[str, Any] = {"max_train_seconds": arguments.max_seconds}
     for setting in arguments.set:
         name, _, value = setting.partition("=")
-        overrides[name] = float(value) if "." in value or "e" in value else int(value)
+        try:
+            overrides[name] = float(value) if "." in value or "e" in value else int(value)
+        except ValueError as error:
+            raise UnreadableInput(f"--set {setting}: it must be NAME=NUMBER.") from error
+    size = resolve(arguments.size, overrides)
+    try:
+        content = ContentVectors.read(vectors) if vectors.exists() else None
+    except ValueError as error:
+        raise UnreadableInput(str(error)) from error
     started = time.monotonic()
 
     def report(stage: str, message: str, **_: object) -> None:
@@ -188,9 +231,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         trained = train_model(
             events,
             read_attributes(arguments.data / "item_attributes.json"),
-            resolve(arguments.size, overrides),
+            size,
             plan,
-            content=ContentVectors.read(vectors) if vectors.exists() else None,
+            content=content,
             model_name="bench",
             seed=arguments.seed,
             report=report,
@@ -251,7 +294,10 @@ def measure_seeds(arguments: argparse.Namespace) -> dict[str, Any]:
         if lines:
             # The answers are those of the first; the baselines do not depend on the seed.
             command = [*_without(command, "--topk"), "--short-ladder"]
-        done = subprocess.run([*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run([*command, "--seed", str(seed)], stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            # It has said why.
+            sys.exit(done.returncode)
         lines.append(json.loads(done.stdout.splitlines()[-1]))
     return {**lines[0], **over_seeds(lines)}
 
@@ -314,7 +360,32 @@ def main() -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a hyper-parameter")
     arguments = parser.parse_args()
-    print(json.dumps(measure_seeds(arguments) if arguments.seeds > 1 else measure(arguments)))
+    try:
+        _check(arguments)
+        line = measure_seeds(arguments) if arguments.seeds > 1 else measure(arguments)
+    except UnreadableInput as error:
+        parser.error(str(error))
+    except InvalidInput as error:
+        parser.error(error.message)
+    print(json.dumps(line))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Finds out before minutes of training what would fail after them.
+
+    Raises:
+        UnreadableInput: it would.
+    """
+    if not arguments.data.is_dir():
+        raise UnreadableInput(f"--data {arguments.data}: no such directory. It must hold sequences.txt.")
+    topk = arguments.topk
+    if topk is not None and (topk.is_dir() or not topk.parent.is_dir()):
+        what = "it is a directory" if topk.is_dir() else f"there is no directory {topk.parent}"
+        raise UnreadableInput(f"--topk {topk}: {what}. Name a file that can be written.")
+    if topk is not None and not os.access(topk if topk.exists() else topk.parent, os.W_OK):
+        raise UnreadableInput(f"--topk {topk}: it may not be written.")
+    if arguments.seeds < 1 or arguments.seed < 0:
+        raise UnreadableInput("--seeds must be at least 1, and --seed at least 0.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.trainer import bench_quality
 from services.trainer.bench_quality import _without, over_seeds, read_attributes, read_sequences
 from tests.trainer.conftest import walk
 
@@ -105,6 +106,68 @@ def test_who_took_the_same_twice_at_last_is_answered_after_both_and_not_tested(t
     for user, items in everybody.items():
         assert not set(answers[user]) & set(items[:-1]), user
     assert said["users"] == sum(items[-1] not in items[:-1] for items in lines.values())
+
+
+LINES = "".join(f"u{n} {' '.join(map(str, items))}\n" for n, items in enumerate(walk(users=30, items=12)))
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "said"),
+    [
+        ({}, (), "sequences.txt: No such file or directory. It must hold a person a line"),
+        ({"sequences.txt": b"a 1 2 3\nb 2 \xff\xfe\n"}, (), "sequences.txt, line 2: not UTF-8"),
+        ({"item_attributes.json": b'{"1": ["red"'}, (), "It must be JSON: item id to a list of values"),
+        ({"item_attributes.json": b"[1, 2]"}, (), "must be a JSON object"),
+        ({"item_vectors.npz": b"junk"}, (), "item_vectors.npz"),
+        ({}, ("--topk", "{}/nowhere/topk.txt"), "there is no directory"),
+        ({}, ("--topk", "{}"), "it is a directory"),
+        ({}, ("--data", "{}/nowhere"), "no such directory. It must hold sequences.txt"),
+        ({}, ("--set", "dimension=big"), "must be NAME=NUMBER"),
+        ({}, ("--set", "depth=3"), "is no hyper-parameter"),
+        ({}, ("--size", "huge"), "must be one of tiny, small"),
+        ({}, ("--seeds", "0"), "--seeds must be at least 1"),
+    ],
+)
+def test_what_cannot_be_read_is_said_before_anything_is_trained(
+    files: dict[str, bytes], options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(bench_quality, "train_model", lambda *_, **__: pytest.fail("it began to train"))
+    if said[:13] != "sequences.txt":
+        (tmp_path / "sequences.txt").write_text(LINES)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    words = ["--data", str(tmp_path), *(option.format(tmp_path) for option in options)]
+    monkeypatch.setattr(sys, "argv", ["bench_quality", *words])
+    with pytest.raises(SystemExit) as ended:
+        bench_quality.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "answers"),
+    [
+        ("", ""),
+        ("nobody\ndid-anything\n", ""),
+        ("only 1\n", "only 1\n"),
+        ("a 1 1 1\nb 1\nc 1 1\n", "a\nb 1\nc\n"),
+        ("a 1 2\nb 2 3\n", "a 2 3\nb 1 3\n"),
+    ],
+)
+def test_a_file_that_nothing_can_be_learned_from_is_answered_all_the_same(
+    lines: str, answers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    (tmp_path / "sequences.txt").write_text(lines)
+    (tmp_path / "item_attributes.json").write_text('{"nobody has this": ["red"]}')
+    topk = tmp_path / "topk.txt"
+    monkeypatch.setattr(sys, "argv", ["bench_quality", "--data", str(tmp_path), "--topk", str(topk)])
+    bench_quality.main()
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(said) >= {*NAMES, "transformer", "ladder", "frozen_counts"}
+    assert [line.split() for line in topk.read_text().splitlines()] == [
+        a.split() for a in answers.splitlines()
+    ]
 
 
 def test_several_seeds_give_means_and_standard_deviations() -> None:
