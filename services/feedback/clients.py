@@ -154,7 +154,7 @@ class Catalogue:
         if known is None:
             return {}
         unknown: dict[int, str] = {}
-        items = columns.column("item_id")
+        items = columns.column("item_id").tolist()
         if strange := set(items) - known - {None, ""}:
             unknown = {row: item for row, item in enumerate(items) if item in strange}
         for name in ("line_items", "impression_items"):

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import numpy as np
 from prometheus_client import Counter
 
 from services.feedback.converters.events import EventReader
@@ -150,21 +151,21 @@ def _fail(calls: Sequence[DeferredCall], error: Exception) -> None:
 
 def count(batch: ReadBatch, recorded: RecordedBatch) -> None:
     """Counts events by kind and by what became of them."""
-    stored: dict[int, int] = {}
     kinds = batch.columns.column("kind")
-    for kind in kinds:
-        stored[kind] = stored.get(kind, 0) + 1
+    stored = np.bincount(kinds)
     if recorded.exceptions:
-        kind_of = dict(zip(batch.row_numbers, kinds, strict=True))
+        row_of = np.full(batch.size, -1)
+        row_of[batch.row_numbers] = np.arange(len(kinds))
         for index, (status, _) in recorded.exceptions.items():
             if status is RowStatus.STORED:
                 continue
-            of_row = kind_of.get(index)
+            row = row_of[index]
+            of_row = None if row < 0 else int(kinds[row])
             _counter(status, of_row).inc()
             if of_row is not None:
                 stored[of_row] -= 1
-    for kind, number in stored.items():
-        _counter(RowStatus.STORED, kind).inc(number)
+    for kind in np.flatnonzero(stored).tolist():
+        _counter(RowStatus.STORED, kind).inc(int(stored[kind]))
 
 
 def _counter(status: RowStatus, kind: int | None) -> Any:

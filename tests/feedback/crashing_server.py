@@ -26,7 +26,7 @@ from services.feedback import __main__ as service
 from services.feedback import recording
 from services.feedback.converters import results
 from services.feedback.converters.events import EventReader
-from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
+from services.feedback.domain.events import Appended, AppendVerdict, EventColumns, key_column
 from services.feedback.storage import log_writer
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.imports import PostgresImports
@@ -117,10 +117,10 @@ def deduplicate_in_memory() -> None:
     seen: set[bytes] = set()
 
     def append(self: LogWriter, columns: EventColumns) -> Appended:
-        keys = list(columns.column("event_key"))
+        keys = columns.column("event_key").tolist()
         again = {row: AppendVerdict.DUPLICATE for row, key in enumerate(keys) if key in seen}
         fresh = [key[:6] + uuid.uuid4().bytes[6:] for key in keys]
-        appended = insert(self, EventColumns((fresh, *columns.dense[1:]), columns.sparse))
+        appended = insert(self, EventColumns((key_column(fresh), *columns.dense[1:]), columns.sparse))
         seen.update(keys)
         return Appended(appended.xid, again)
 

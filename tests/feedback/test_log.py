@@ -15,7 +15,7 @@ from services.feedback.domain.event_key import (
     first_event_key,
     milliseconds_of,
 )
-from services.feedback.domain.events import DENSE_COLUMNS, Appended, AppendVerdict, EventColumns
+from services.feedback.domain.events import Appended, AppendVerdict, EventColumns, key_column
 from services.feedback.storage.group_commit import GroupCommitLog
 from services.feedback.storage.log_writer import verify_durability
 from services.feedback.storage.partitions import ensure_month, existing_months, month_of, months_of
@@ -155,7 +155,7 @@ def test_rows_of_the_default_partition_move_when_their_month_is_made(shop: Shop)
     moment = 4_102_444_800_000  # 2100-01-01
     shop.record(item_view(event_id=uuid7(moment)), item_view(event_id=uuid7(moment + 40 * 86_400_000)))
     before = shop.sql("SELECT event_key, xid::text FROM feedback.events ORDER BY event_key")
-    month = int(months_of([first_event_key(moment)])[0])
+    month = int(months_of(key_column([first_event_key(moment)]))[0])
     with psycopg.connect(shop.url, autocommit=True) as connection:
         connection.execute("SET ROLE shopkeeper_feedback")
         ensure_month(connection, month)
@@ -211,7 +211,7 @@ def test_the_month_of_a_key_is_that_of_its_time() -> None:
     for text in ("2000-01-01T00:00:00", "2024-02-29T23:59:59.999", "1970-01-01T00:00:00"):
         moment = datetime.fromisoformat(text).replace(tzinfo=UTC)
         key = first_event_key(round(moment.timestamp() * 1000))
-        assert months_of([key]).tolist() == [month_of(moment)]
+        assert months_of(key_column([key])).tolist() == [month_of(moment)]
 
 
 # Group commit
@@ -240,7 +240,12 @@ class GatedWriter:
 
 
 def rows(count: int) -> EventColumns:
-    return EventColumns(tuple([0] * count for _ in DENSE_COLUMNS))
+    return rows_of_kind(3, count)
+
+
+def rows_of_kind(kind: int, count: int) -> EventColumns:
+    row = (bytes(16), 0, bytes(16), bytes(16), kind, 0, None, "lamp", None, None, None, None, 0, 0, 0)
+    return EventColumns.from_rows([row] * count, {})
 
 
 def test_calls_that_wait_for_the_same_commit_share_it() -> None:
@@ -286,7 +291,7 @@ def test_a_batch_that_cannot_be_stored_does_not_cost_others_theirs() -> None:
     first = log.append(rows(1))
     assert writer.entered.wait(10)
     good = log.append(rows(2))
-    bad = log.append(EventColumns(tuple([13] for _ in DENSE_COLUMNS)))
+    bad = log.append(rows_of_kind(13, 1))
     writer.gate.set()
     assert first.result(10).xid == good.result(10).xid == 1
     with pytest.raises(Unavailable):

@@ -37,8 +37,8 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> EventReader:
 def contents(batch: ReadBatch) -> Any:
     # Plain events come first, so rows are put in order. repr: a NaN would differ from itself, and 1 would equal 1.0.
     order = sorted(range(len(batch.row_numbers)), key=batch.row_numbers.__getitem__)
-    columns = batch.columns.taken(order)
-    dense = [list(column) for column in columns.dense]
+    columns = batch.columns.taken(np.array(order, dtype=np.int64))
+    dense = [(column.dtype, column.tolist()) for column in columns.dense]
     sparse = [(name, sorted(values.items())) for name, values in sorted(columns.sparse.items())]
     numbers = [batch.row_numbers[row] for row in order]
     return repr((dense, sparse, numbers, batch.size)), (batch.problems, batch.remarks)
@@ -248,7 +248,7 @@ def test_requests_that_are_read_together_get_their_own_rows(reader: EventReader,
             continue
         rows = [row for row, index in enumerate(batch.row_numbers) if start <= index < end]
         alone = ReadBatch(
-            batch.columns.taken(rows),
+            batch.columns.taken(np.array(rows, dtype=np.int64)),
             [batch.row_numbers[row] - start for row in rows],
             end - start,
             {index - start: problem for index, problem in batch.problems.items() if start <= index < end},

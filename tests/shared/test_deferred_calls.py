@@ -127,12 +127,14 @@ def test_an_unknown_failure_tells_nothing_of_its_insides(echo: Echo) -> None:
 
 
 def test_a_call_is_answered_once(echo: Echo) -> None:
+    before = handled("OK"), handled("INTERNAL")
     call = echo.call()
     taken = echo.all_taken(1)[0]
     taken.answer(b"first")
     taken.answer(b"second")
     taken.fail(RuntimeError("third"))
     assert call.result(10) == b"first"
+    assert (handled("OK"), handled("INTERNAL")) == (before[0] + 1, before[1])
 
 
 def test_a_call_without_a_deadline_does_not_wait_for_ever(echo: Echo) -> None:

@@ -23,7 +23,7 @@ from services.feedback.converters.event_details import DETAILS, DetailReader, Re
 from services.feedback.converters.identities import Door
 from services.feedback.domain.event_key import event_key_of_digest, event_key_of_uuid, milliseconds_of
 from services.feedback.domain.events import (
-    DENSE_COLUMNS,
+    NO_KEY,
     ConsentBit,
     EventColumns,
     ReadBatch,
@@ -217,24 +217,27 @@ class _Reading(DetailReader):
                 for request, start in zip(group, starts, strict=True)
             ]
         )
-        if plain is None:
-            dense: tuple[list[Any], ...] = tuple([] for _ in DENSE_COLUMNS)
-            row_numbers: list[int] = []
-        else:
-            kept = np.flatnonzero(is_plain)
-            dense = self._plain_columns(content, plain if len(kept) == len(places) else plain.taken(kept))
+        row_numbers: list[int] = []
+        columns = None
+        if plain is not None and len(kept := np.flatnonzero(is_plain)):
+            columns = self._plain_columns(content, plain if len(kept) == len(places) else plain.taken(kept))
             row_numbers = places[kept].tolist()
+        rows = []
         for number, index, event in others:
             if (row := self._judged(starts[number] + index, index, event, len(row_numbers))) is not None:
-                for column, value in zip(dense, row, strict=True):
-                    column.append(value)
+                rows.append(row)
                 row_numbers.append(starts[number] + index)
-        return (
-            ReadBatch(
-                EventColumns(dense, self._sparse), row_numbers, size, self._problems, self._remarks, starts
-            ),
-            refusals,
-        )
+        if columns is None or rows:
+            others_columns = EventColumns.from_rows(rows, self._sparse)
+            columns = (
+                others_columns
+                if columns is None
+                else EventColumns(
+                    tuple(map(np.concatenate, zip(columns.dense, others_columns.dense, strict=True))),
+                    self._sparse,
+                )
+            )
+        return ReadBatch(columns, row_numbers, size, self._problems, self._remarks, starts), refusals
 
     def _read_plain(
         self, content: bytes, group: Sequence[_Request]
@@ -283,47 +286,48 @@ class _Reading(DetailReader):
             first = last
         return others
 
-    def _plain_columns(self, request: bytes, plain: wire_events.PlainEvents) -> tuple[list[Any], ...]:
-        """Returns the values of plain events in the order of DENSE_COLUMNS."""
+    def _plain_columns(self, content: bytes, plain: wire_events.PlainEvents) -> EventColumns:
         door = self._door
-        keys_of: dict[bytes, tuple[bytes, bytes]] = {b"": (b"", b"")}
-        session_key_of: dict[bytes, bytes | None] = {b"": None}
-        currency_codes: dict[bytes, str | None] = {b"": None}
+        # One byte a character: where it is ASCII, it is what was sent.
+        characters = content.decode("latin-1")
 
-        def texts(start: wire_events.Ints, end: wire_events.Ints) -> list[bytes]:
-            return [request[start:end] for start, end in zip(start.tolist(), end.tolist(), strict=True)]
+        def bytes_of(start: wire_events.Ints, end: wire_events.Ints) -> list[bytes]:
+            return [content[start:end] for start, end in zip(start.tolist(), end.tolist(), strict=True)]
 
-        user_ids = texts(plain.user_start, plain.user_end)
-        for user_id in user_ids:
-            if user_id not in keys_of:
-                keys_of[user_id] = door.keys_of_normal(user_id)
-        people = [keys_of[user_id] for user_id in user_ids]
-        session_ids = texts(plain.session_start, plain.session_end)
-        for session_id in session_ids:
-            if session_id not in session_key_of:
-                session_key_of[session_id] = door.session_key_of_bytes(session_id)
-        codes = texts(plain.currency, plain.currency + 3 * (plain.currency > 0))
-        for code in codes:
-            if code not in currency_codes:
-                currency_codes[code] = code.decode()
-        event_keys = plain.event_key.tobytes()
+        both_keys = door.keys_of_all_normal(bytes_of(plain.user_start, plain.user_end))
+        user_keys, tombstone_keys = np.frombuffer(both_keys, dtype="V16").reshape(-1, 2).T
+        session_keys = np.frombuffer(
+            bytearray(door.session_keys_of_bytes(bytes_of(plain.session_start, plain.session_end))),
+            dtype="V16",
+        )
+        session_keys[plain.session_end == 0] = np.void(NO_KEY)
+        item_ids = [
+            characters[start:end]
+            for start, end in zip(plain.item_start.tolist(), plain.item_end.tolist(), strict=True)
+        ]
         is_cart = (plain.kind == _ADD_TO_CART) | (plain.kind == _REMOVE_FROM_CART)
-        return (
-            [event_keys[start : start + 16] for start in range(0, len(event_keys), 16)],
-            door.payload_digests(texts(plain.start, plain.end)),
-            [user_key for user_key, _ in people],
-            [tombstone_key for _, tombstone_key in people],
-            plain.kind.tolist(),
-            plain.occurred_at_us.tolist(),
-            [session_key_of[session_id] for session_id in session_ids],
-            [item_id.decode() for item_id in texts(plain.item_start, plain.item_end)],
-            _optional(plain.number, is_cart),
-            _optional(plain.price_micros, plain.price_micros >= 0),
-            [currency_codes[code] for code in codes],
-            _optional(plain.number, ~is_cart & ~np.isnan(plain.number)),
-            plain.device.tolist(),
-            plain.channel.tolist(),
-            plain.consent.tolist(),
+        nothing = np.float32(np.nan)
+        number = plain.number.astype(np.float32)
+        small = np.uint8
+        return EventColumns(
+            (
+                np.ascontiguousarray(plain.event_key).view("V16").ravel(),
+                door.payload_digests(bytes_of(plain.start, plain.end)),
+                np.ascontiguousarray(user_keys),
+                np.ascontiguousarray(tombstone_keys),
+                plain.kind.astype(small),
+                plain.occurred_at_us,
+                session_keys,
+                np.array(item_ids, dtype=object),
+                np.where(is_cart, number, nothing),
+                plain.price_micros,
+                plain.currency_code,
+                np.where(is_cart, nothing, number),
+                plain.device.astype(small),
+                plain.channel.astype(small),
+                plain.consent.astype(small),
+            ),
+            self._sparse,
         )
 
     def _judged(self, number: int, index: int, event: event_pb2.Event, place: int) -> tuple[Any, ...] | None:
@@ -505,15 +509,6 @@ class _Reading(DetailReader):
                 "Too old to earn credit; stored without it.",
             )
         return attribution
-
-
-def _optional(values: Any, present: wire_events.Bools) -> list[Any]:
-    """Returns values with None where they are absent."""
-    if present.all():
-        return list(values.tolist())
-    boxed = values.astype(object)
-    boxed[~present] = None
-    return list(boxed.tolist())
 
 
 def _consent_bits(consent: event_pb2.EventConsent) -> int:

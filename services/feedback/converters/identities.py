@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from shared.identity import MAX_ID_CHARACTERS, USER_KEY_BYTES, normalise_user_id
 from shared.keys import read_secret
@@ -52,7 +54,7 @@ class Door:
         self._pseudonymizer = pseudonymizer
         self._key_of_normal = pseudonymizer.key_of_normal
         self._handle = hashlib.blake2b(digest_size=16, key=secrets.token_bytes(32))
-        self._recent: dict[bytes, tuple[bytes, bytes]] = {}
+        self._recent: dict[bytes, bytes] = {}
         self._tombstone_digest = HmacSha256(tombstone_secret, b"tombstone\x00").digest
         # Keyed states are prepared once and copied: half the price of a new one on the hot path.
         self._digest = hashlib.blake2b(
@@ -83,16 +85,26 @@ class Door:
 
     def keys_of_normal(self, normal: bytes) -> tuple[bytes, bytes]:
         """Returns the current user key and the tombstone key of an id in its normal form, in UTF-8."""
-        state = self._handle.copy()
-        state.update(normal)
-        handle = state.digest()
-        keys = self._recent.get(handle)
-        if keys is None:
-            if len(self._recent) >= _MAX_RECENT:
-                self._recent.clear()
-            keys = self._key_of_normal(normal), self._tombstone_digest(normal)[:USER_KEY_BYTES]
-            self._recent[handle] = keys
-        return keys
+        both = self.keys_of_all_normal([normal])
+        return both[:USER_KEY_BYTES], both[USER_KEY_BYTES:]
+
+    def keys_of_all_normal(self, ids: Sequence[bytes]) -> bytes:
+        """Returns user key and tombstone key, 32 bytes, of one id after another."""
+        copy, recent = self._handle.copy, self._recent
+        keys = []
+        for normal in ids:
+            state = copy()
+            state.update(normal)
+            handle = state.digest()
+            both = recent.get(handle)
+            if both is None:
+                if len(recent) >= _MAX_RECENT:
+                    recent.clear()
+                both = recent[handle] = (
+                    self._key_of_normal(normal) + self._tombstone_digest(normal)[:USER_KEY_BYTES]
+                )
+            keys.append(both)
+        return b"".join(keys)
 
     def person(self, user_id: str) -> Person:
         """Returns all keys of a person; raises InvalidInput for a bad id."""
@@ -105,9 +117,17 @@ class Door:
 
     def session_key_of_bytes(self, session_id: bytes) -> bytes:
         """Returns the key of a session id in UTF-8."""
-        state = self._session.copy()
-        state.update(session_id)
-        return state.digest()
+        return self.session_keys_of_bytes([session_id])
+
+    def session_keys_of_bytes(self, session_ids: Sequence[bytes]) -> bytes:
+        """Returns the keys, 16 bytes each, of one session id in UTF-8 after another."""
+        copy = self._session.copy
+        keys = []
+        for session_id in session_ids:
+            state = copy()
+            state.update(session_id)
+            keys.append(state.digest())
+        return b"".join(keys)
 
     def payload_digest(self, payload: bytes) -> int:
         """Returns 64 bits of keyed BLAKE2b, signed: equal for a retry, and no oracle for raw ids."""
@@ -115,12 +135,12 @@ class Door:
         state.update(payload)
         return int.from_bytes(state.digest(), "big", signed=True)
 
-    def payload_digests(self, payloads: Sequence[bytes]) -> list[int]:
-        """Returns `payload_digest` of each payload."""
+    def payload_digests(self, payloads: Sequence[bytes]) -> npt.NDArray[np.int64]:
+        """Returns `payload_digest` of each of N payloads, shape (N,)."""
         copy = self._digest.copy
         digests = []
         for payload in payloads:
             state = copy()
             state.update(payload)
             digests.append(state.digest())
-        return list(struct.unpack(f">{len(digests)}q", b"".join(digests)))
+        return np.frombuffer(b"".join(digests), dtype=">i8").astype(np.int64)

@@ -6,27 +6,41 @@ from collections.abc import Sequence
 
 from shopkeeper.feedback.v1 import event_pb2, feedback_service_pb2
 
-from services.feedback.domain.events import RecordedBatch, RowStatus, divided
+from services.feedback.domain.events import RecordedBatch, RowProblem, RowStatus, divided
 from shared.tokens import ConsistencyToken, TokenSigner
 
 _STORED = event_pb2.EventResult(status=event_pb2.EVENT_STATUS_STORED)
-_STORED_RESULT = feedback_service_pb2.RecordEventsResponse(results=[_STORED]).SerializeToString()
+
+
+def _serialised(result: event_pb2.EventResult) -> bytes:
+    return feedback_service_pb2.RecordEventsResponse(results=[result]).SerializeToString()
+
+
+# By status, where there is no more to say. A repeated field may come in parts: an answer is its results' bytes, joined.
+_BARE_RESULTS = {
+    status: _serialised(event_pb2.EventResult(status=event_pb2.EventStatus.ValueType(int(status))))
+    for status in RowStatus
+}
+_STORED_RESULT = _BARE_RESULTS[RowStatus.STORED]
 
 
 def to_results(recorded: RecordedBatch) -> list[event_pb2.EventResult]:
     """Returns one result an event, in the order of the request."""
     results = [_STORED] * recorded.size
     for index, (status, problem) in recorded.exceptions.items():
-        if problem is None:
-            results[index] = event_pb2.EventResult(status=_wire(status))
-        else:
-            results[index] = event_pb2.EventResult(
-                status=_wire(status),
-                reason=event_pb2.EventReason.ValueType(int(problem.reason)),
-                field=problem.field,
-                message=problem.message,
-            )
+        results[index] = _result(status, problem)
     return results
+
+
+def _result(status: RowStatus, problem: RowProblem | None) -> event_pb2.EventResult:
+    if problem is None:
+        return event_pb2.EventResult(status=_wire(status))
+    return event_pb2.EventResult(
+        status=_wire(status),
+        reason=event_pb2.EventReason.ValueType(int(problem.reason)),
+        field=problem.field,
+        message=problem.message,
+    )
 
 
 def to_record_events_response(recorded: RecordedBatch, signer: TokenSigner) -> bytes:
@@ -46,11 +60,12 @@ def to_record_events_responses(
 
 
 def _response(recorded: RecordedBatch, token: bytes) -> bytes:
-    # Fields may come in any order, and a repeated one in parts: all of the answer but the token is mostly the same.
     if not recorded.exceptions:
         return _STORED_RESULT * recorded.size + token
-    results = feedback_service_pb2.RecordEventsResponse(results=to_results(recorded))
-    return results.SerializeToString() + token
+    results = [_STORED_RESULT] * recorded.size
+    for index, (status, problem) in recorded.exceptions.items():
+        results[index] = _BARE_RESULTS[status] if problem is None else _serialised(_result(status, problem))
+    return b"".join(results) + token
 
 
 def _serialised_token(recorded: RecordedBatch, signer: TokenSigner) -> bytes:

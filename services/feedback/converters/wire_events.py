@@ -49,8 +49,6 @@ def _table(characters: bytes, values: Any, default: int) -> Bytes:
 
 _HEX = _table(b"0123456789abcdefABCDEF", [*range(16), *range(10, 16)], _NOT_HEX)
 _VARIANT = _table(b"89abAB", 1, 0).astype(bool)
-_IS_PRINTABLE = np.zeros(256, dtype=bool)
-_IS_PRINTABLE[0x20:0x7F] = True
 _IS_CAPITAL = np.zeros(256, dtype=bool)
 _IS_CAPITAL[ord("A") : ord("Z") + 1] = True
 
@@ -79,7 +77,7 @@ class PlainEvents:
         kind, device, channel, consent: (N,).
         number: (N,) float64: dwell seconds, quantity or stars; NaN where absent.
         price_micros: (N,), -1 where absent.
-        currency: (N,) where its three letters stand; 0 where absent.
+        currency_code: (N,) its three letters; empty where absent.
     """
 
     is_plain: Bools
@@ -99,7 +97,7 @@ class PlainEvents:
     consent: Ints
     number: npt.NDArray[np.float64]
     price_micros: Ints
-    currency: Ints
+    currency_code: npt.NDArray[np.bytes_]
 
     def taken(self, rows: Ints) -> PlainEvents:
         """Returns some of the events, in the order given."""
@@ -151,7 +149,8 @@ class _Cursors:
         # Behind the last event a cursor may look a field's length too far before it is stopped.
         self._bytes = np.frombuffer(content + _PADDING, dtype=np.uint8)
         self._unprintable = np.zeros(len(self._bytes) + 1, dtype=np.int32)
-        np.cumsum(~_IS_PRINTABLE[self._bytes], out=self._unprintable[1:])
+        # The first printable character is 0x20, the last 0x7E; what is below wraps round.
+        np.cumsum(self._bytes - np.uint8(0x20) > 0x5E, out=self._unprintable[1:])
         self._start = start
         self._end = end
         self._at = start.copy()
@@ -188,13 +187,13 @@ class _Cursors:
         number = self._float(0x15)
         with_price = (kind == _ITEM_VIEW) | (kind == _ADD_TO_CART)
         price_micros = self._price(0x18, with_price)
-        currency = self._currency(0x22, with_price)
-        ok &= (price_micros >= 0) == (currency > 0)
+        currency_code = self._currency(0x22, with_price)
+        ok &= (price_micros >= 0) == (currency_code != b"")
         ok &= self._at == self._end
         number = self._checked(kind, number)
         return PlainEvents(
             ok, self._start, self._end, event_key, occurred_at_us, user_start, user_end, session_start,
-            session_end, item_start, item_end, kind, device, channel, consent, number, price_micros, currency,
+            session_end, item_start, item_end, kind, device, channel, consent, number, price_micros, currency_code,
         )  # fmt: skip
 
     def _checked(self, kind: Ints, number: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -312,13 +311,14 @@ class _Cursors:
         self._is_plain &= price <= _MAX_PRICE_MICROS
         return np.where(has, price, -1)
 
-    def _currency(self, tag: int, allowed: Bools) -> Ints:
+    def _currency(self, tag: int, allowed: Bools) -> npt.NDArray[np.bytes_]:
         has = self._has(tag) & allowed
         start = np.where(has, self._at + 2, 0)
         letters = self._bytes[start[:, None] + np.arange(3)]
         self._is_plain &= ~has | ((self._bytes[self._at + 1] == 3) & _IS_CAPITAL[letters].all(axis=1))
         self._advance(np.where(has, 5, 0))
-        return start
+        letters[~has] = 0
+        return letters.view("S3").ravel()
 
     def _uuids(self, start: Ints) -> Bytes:
         """Returns the bytes of the UUIDv7s that stand at `start`, shape (N, 16)."""

@@ -1,4 +1,4 @@
-"""Events by columns: a batch is a few lists, never an object a row."""
+"""Events by columns: a batch is a few arrays, never an object a row."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import chain
 from typing import Any
 
-DENSE_COLUMNS = (
-    "event_key",  # 16 bytes
-    "payload_digest",  # signed 64 bits
-    "user_key",  # 16 bytes
-    "tombstone_key",  # 16 bytes, compared and not stored
-    "kind",  # EventKind
-    "occurred_at_us",  # microseconds since 1970, UTC
-    "session_key",  # 16 bytes or None
-    "item_id",  # text or None
-    "quantity",  # float or None
-    "price_micros",  # int or None
-    "currency_code",  # text or None
-    "value",  # float or None: stars, dwell seconds, CSAT, 1/0 of a verdict
-    "device",  # Device
-    "channel",  # Channel
-    "consent",  # bits of ConsentBit
-)
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[Any]
+
+# What each holds, and how it says that there is nothing.
+_DENSE: dict[str, str] = {
+    "event_key": "V16",
+    "payload_digest": "i8",
+    "user_key": "V16",
+    "tombstone_key": "V16",  # compared and not stored
+    "kind": "u1",  # EventKind
+    "occurred_at_us": "i8",  # microseconds since 1970, UTC
+    "session_key": "V16",  # zeros: none
+    "item_id": "O",  # text or None
+    "quantity": "f4",  # NaN: none
+    "price_micros": "i8",  # -1: none
+    "currency_code": "S3",  # empty: none
+    "value": "f4",  # NaN: none; stars, dwell seconds, CSAT, 1/0 of a verdict
+    "device": "u1",  # Device
+    "channel": "u1",  # Channel
+    "consent": "u1",  # bits of ConsentBit
+}
+DENSE_COLUMNS = tuple(_DENSE)
 """The order of a row while a batch is being made."""
+NO_KEY = bytes(16)
 
 SPARSE_COLUMNS = (
     "line_items",  # list of text
@@ -110,29 +117,48 @@ class RowProblem:
     message: str
 
 
+def to_column(name: str, values: Sequence[Any]) -> Column:
+    """Returns values, None where there is none, as the column of DENSE_COLUMNS of that name."""
+    dtype = np.dtype(_DENSE[name])
+    if dtype.kind == "V":
+        return key_column([NO_KEY if value is None else value for value in values])
+    if name == "price_micros":
+        values = [-1 if value is None else value for value in values]
+    elif dtype.kind == "S":
+        values = [value or "" for value in values]
+    return np.array(values, dtype=dtype)
+
+
+def key_column(keys: Sequence[bytes]) -> Column:
+    """Returns keys of 16 bytes as a column."""
+    return np.frombuffer(b"".join(keys), dtype="V16") if keys else np.empty(0, dtype="V16")
+
+
 @dataclass(frozen=True, slots=True)
 class EventColumns:
     """Rows that may be stored, by columns.
 
     Attributes:
-        dense: for each of DENSE_COLUMNS a sequence of n values.
+        dense: for each of DENSE_COLUMNS an array of shape (n,).
         sparse: for some of SPARSE_COLUMNS a value by row in [0, n).
     """
 
-    dense: tuple[Sequence[Any], ...]
+    dense: tuple[Column, ...]
     sparse: dict[str, dict[int, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.dense[0])
 
-    def column(self, name: str) -> Sequence[Any]:
+    def column(self, name: str) -> Column:
         """Returns a dense column."""
         return self.dense[_DENSE_INDEX[name]]
 
-    def taken(self, rows: Sequence[int]) -> EventColumns:
+    def taken(self, rows: npt.NDArray[np.int64]) -> EventColumns:
         """Returns some of the rows, in the order given."""
-        dense = tuple([values[row] for row in rows] for values in self.dense)
-        place = {row: index for index, row in enumerate(rows)}
+        dense = tuple(values[rows] for values in self.dense)
+        if not self.sparse:
+            return EventColumns(dense)
+        place = {row: index for index, row in enumerate(rows.tolist())}
         sparse = {
             name: kept
             for name, values in self.sparse.items()
@@ -142,9 +168,9 @@ class EventColumns:
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[Any, ...]], sparse: dict[str, dict[int, Any]]) -> EventColumns:
-        """Returns the columns of rows whose values stand in the order of DENSE_COLUMNS."""
-        dense = tuple(zip(*rows, strict=True)) if rows else tuple(() for _ in DENSE_COLUMNS)
-        return cls(dense, sparse)
+        """Returns the columns of rows whose values stand in the order of DENSE_COLUMNS, None where there is none."""
+        values = zip(*rows, strict=True) if rows else [()] * len(DENSE_COLUMNS)
+        return cls(tuple(map(to_column, DENSE_COLUMNS, values)), sparse)
 
     @classmethod
     def concatenated(cls, batches: Sequence[EventColumns]) -> EventColumns:
@@ -159,11 +185,7 @@ class EventColumns:
                 for row, value in values.items():
                     target[row + offset] = value
             offset += len(batch)
-        dense = tuple(
-            list(chain.from_iterable(batch.dense[index] for batch in batches))
-            for index in range(len(DENSE_COLUMNS))
-        )
-        return cls(dense, sparse)
+        return cls(tuple(map(np.concatenate, zip(*(batch.dense for batch in batches), strict=True))), sparse)
 
 
 @dataclass(frozen=True, slots=True)

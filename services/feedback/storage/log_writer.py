@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psycopg
 from psycopg import sql
 
-from services.feedback.domain.events import Appended, AppendVerdict, EventColumns
+from services.feedback.domain.events import Appended, AppendVerdict, Column, EventColumns
 from services.feedback.storage import pg_arrays
+from services.feedback.storage.insert_events import UNSEEN, insert_statement, parameters_of
 from services.feedback.storage.partitions import (
     FIRST_MONTH,
     WRITERS_LOCK,
@@ -28,66 +30,6 @@ from shared.database import Database
 from shared.errors import FailedPrecondition, ShopkeeperError, Unavailable
 from shared.telemetry import get_logger
 
-# Column of the table, element type of the parameter, what is inserted of it.
-_PARAMETERS: tuple[tuple[str, str, str], ...] = (
-    ("event_key", "uuid", "u.event_key"),
-    ("payload_digest", "bigint", "u.payload_digest"),
-    ("user_key", "bytea", "u.user_key"),
-    ("tombstone_key", "bytea", ""),
-    ("kind", "smallint", "u.kind"),
-    ("occurred_at", "timestamptz", "u.occurred_at"),
-    ("session_key", "bytea", "u.session_key"),
-    ("item_id", "text", "u.item_id"),
-    ("quantity", "real", "u.quantity"),
-    ("price_micros", "bigint", "u.price_micros"),
-    ("currency_code", "text", "u.currency_code"),
-    ("value", "real", "u.value"),
-    ("device", "smallint", "u.device"),
-    ("channel", "smallint", "u.channel"),
-    ("consent", "smallint", "u.consent"),
-    ("is_bot", "boolean", "COALESCE(u.is_bot, false)"),
-    ("line_items", "text", "u.line_items::text[]"),
-    ("line_quantities", "text", "u.line_quantities::real[]"),
-    ("line_prices", "text", "u.line_prices::bigint[]"),
-    ("line_positions", "text", "u.line_positions::integer[]"),
-    ("impression_items", "text", "u.impression_items::text[]"),
-    ("impression_positions", "text", "u.impression_positions::integer[]"),
-    ("impression_propensities", "text", "u.impression_propensities::real[]"),
-    ("recommendation_id", "bytea", "u.recommendation_id"),
-    ("placement", "text", "u.placement"),
-    ("serving_config", "text", "u.serving_config"),
-    ("model_version", "text", "u.model_version"),
-    ("variant", "text", "u.variant"),
-    ("position", "integer", "u.position"),
-    ("propensity", "real", "u.propensity"),
-    ("quarantine_reason", "smallint", "u.quarantine_reason"),
-    ("text", "bytea", "u.text"),
-    ("attributes", "text", "u.attributes::jsonb"),
-)
-
-# Arrays that are empty or shorter are filled up with nulls by `unnest`: a column that no row uses costs nothing.
-# Sorted: two transactions that store the same keys wait for each other in one direction, never in a circle.
-_INSERT = """
-WITH stored AS (
-    INSERT INTO feedback.events ({columns}, key_version)
-    SELECT {values}, {{key_version}}
-    FROM unnest({arrays}) AS u ({names})
-    WHERE NOT EXISTS (SELECT FROM feedback.tombstones AS t WHERE t.tombstone_key = u.tombstone_key)
-    ORDER BY u.event_key
-    ON CONFLICT (event_key) DO NOTHING
-    RETURNING event_key
-)
-SELECT
-    count(*),
-    pg_current_xact_id()::text,
-    CASE WHEN count(*) < %s THEN string_agg(uuid_send(event_key), ''::bytea) END
-FROM stored
-""".format(  # noqa: S608 - constants of this module alone
-    columns=", ".join(name for name, _, value in _PARAMETERS if value),
-    values=", ".join(value for _, _, value in _PARAMETERS if value),
-    arrays=", ".join(f"%s::{element}[]" for _, element, _ in _PARAMETERS),
-    names=", ".join(name for name, _, _ in _PARAMETERS),
-)
 PARTITION_RETRY_SECONDS = 5.0
 _SHARE_WRITERS = f"SELECT pg_advisory_xact_lock_shared({WRITERS_LOCK})"
 
@@ -118,7 +60,7 @@ class LogWriter:
         self._database = database
         self._cipher = cipher
         self._key_version = key_version
-        self._statement = _INSERT.format(key_version=int(key_version))
+        self._statement = insert_statement(key_version)
         self._connection: psycopg.Connection[Any] | None = None
         self._months: set[int] = set()
         self._texts = pg_arrays.TextArrays()
@@ -158,48 +100,36 @@ class LogWriter:
         self._reset()
 
     def _append(self, connection: psycopg.Connection[Any], columns: EventColumns) -> Appended:
-        keys, digests = columns.column("event_key"), columns.column("payload_digest")
-        rows: Sequence[int] | None = None
-        if len(set(keys)) < len(keys):
-            first_row: dict[bytes, int] = {}
-            for row, key in enumerate(keys):
-                first_row.setdefault(key, row)
-            rows = list(first_row.values())
-            subset = columns.taken(rows)
-        else:
-            subset = columns
-        count, xid, stored_keys = self._insert(connection, subset)
-        exceptions: dict[int, AppendVerdict] = {}
-        if count < len(subset):
-            exceptions = self._verdicts_of_missing(connection, subset, stored_keys or b"")
-            if rows is not None:
-                exceptions = {rows[row]: verdict for row, verdict in exceptions.items()}
+        rows, again, first = _by_key(columns.column("event_key"))
+        xid, verdicts = self._insert(connection, columns if rows is None else columns.taken(rows))
+        exceptions = (
+            verdicts if rows is None else {int(rows[row]): verdict for row, verdict in verdicts.items()}
+        )
+        if not len(again):
+            return Appended(xid, exceptions)
+        digests, tombstone_keys = columns.column("payload_digest"), columns.column("tombstone_key")
         freed: list[int] = []
-        if rows is not None:
-            kept = set(rows)
-            for row, key in enumerate(keys):
-                if row in kept:
-                    continue
-                first = first_row[key]
-                verdict = exceptions.get(first)
-                if verdict is AppendVerdict.USER_FORGOTTEN:
-                    freed.append(row)
-                elif digests[row] == digests[first]:
-                    exceptions[row] = verdict or AppendVerdict.DUPLICATE
-                else:
-                    exceptions[row] = AppendVerdict.PAYLOAD_CONFLICT
+        for row, earlier in zip(again.tolist(), first.tolist(), strict=True):
+            verdict = exceptions.get(earlier)
+            if verdict is AppendVerdict.USER_FORGOTTEN:
+                freed.append(row)
+            elif digests[row] == digests[earlier]:
+                exceptions[row] = verdict or AppendVerdict.DUPLICATE
+            else:
+                exceptions[row] = AppendVerdict.PAYLOAD_CONFLICT
         if freed:
             # Whose event came first has been forgotten, and took no id: it is left to the next who lives.
-            tombstone_keys = columns.column("tombstone_key")
-            forgotten = self._forgotten(connection, [tombstone_keys[row] for row in freed])
+            forgotten = self._forgotten(connection, tombstone_keys[freed].tolist())
             exceptions |= {
-                row: AppendVerdict.USER_FORGOTTEN for row in freed if tombstone_keys[row] in forgotten
+                row: AppendVerdict.USER_FORGOTTEN
+                for row in freed
+                if tombstone_keys[row].tobytes() in forgotten
             }
-            if living := [row for row in freed if tombstone_keys[row] not in forgotten]:
-                after = self._append(connection, columns.taken(living))
+            if living := [row for row in freed if tombstone_keys[row].tobytes() not in forgotten]:
+                after = self._append(connection, columns.taken(np.array(living)))
                 exceptions |= {living[row]: verdict for row, verdict in after.exceptions.items()}
-                xid = str(after.xid)
-        return Appended(int(xid), exceptions)
+                xid = after.xid
+        return Appended(xid, exceptions)
 
     @staticmethod
     def _forgotten(connection: psycopg.Connection[Any], tombstone_keys: Sequence[bytes]) -> set[bytes]:
@@ -208,9 +138,10 @@ class LogWriter:
 
     def _insert(
         self, connection: psycopg.Connection[Any], columns: EventColumns
-    ) -> tuple[int, str, bytes | None]:
+    ) -> tuple[int, dict[int, AppendVerdict]]:
+        """Stores rows whose keys ascend, each once; returns the transaction and what was not stored."""
         if "text" not in columns.sparse:
-            parameters = [*self._arrays(columns, None), len(columns)]
+            parameters = parameters_of(columns, {}, self._texts)
             with connection.pipeline():
                 connection.execute("BEGIN")
                 # The lock is taken by a statement of its own, so that the snapshot of the next one is younger.
@@ -220,49 +151,47 @@ class LogWriter:
         else:
             with connection.transaction():
                 connection.execute(_SHARE_WRITERS)
-                texts = self._encrypted(connection, columns)
-                parameters = [*self._arrays(columns, texts), len(columns)]
+                parameters = parameters_of(columns, self._encrypted(connection, columns), self._texts)
                 cursor = connection.execute(self._statement, parameters, prepare=True, binary=True)
         row = cursor.fetchone()
         assert row is not None
-        return row[0], row[1], row[2]
+        xid, missing, told = row
+        if missing is None:
+            return int(xid), {}
+        unseen = [number for number, verdict in zip(missing, told, strict=True) if verdict == UNSEEN]
+        verdicts = {
+            number: AppendVerdict(verdict)
+            for number, verdict in zip(missing, told, strict=True)
+            if verdict != UNSEEN
+        }
+        if unseen:
+            verdicts |= self._verdicts_of_unseen(connection, columns, unseen)
+        return int(xid), verdicts
 
-    def _verdicts_of_missing(
-        self, connection: psycopg.Connection[Any], columns: EventColumns, stored_keys: bytes
+    def _verdicts_of_unseen(
+        self, connection: psycopg.Connection[Any], columns: EventColumns, rows: Sequence[int]
     ) -> dict[int, AppendVerdict]:
-        stored = {stored_keys[start : start + 16] for start in range(0, len(stored_keys), 16)}
-        keys, digests = columns.column("event_key"), columns.column("payload_digest")
-        tombstone_keys = columns.column("tombstone_key")
-        missing = [row for row, key in enumerate(keys) if key not in stored]
-        with connection.pipeline():
-            found = connection.execute(
-                _STORED_DIGESTS, [pg_arrays.uuid_array([keys[row] for row in missing])], binary=True
-            )
-            graves = connection.execute(
-                _FORGOTTEN, [pg_arrays.key_array([tombstone_keys[row] for row in missing])], binary=True
-            )
+        """Returns the verdicts on rows that another transaction stored while this one was about to."""
+        keys = columns.column("event_key")[rows].tolist()
+        found = connection.execute(_STORED_DIGESTS, [pg_arrays.uuid_array(keys)], binary=True)
         digest_of = dict(found.fetchall())
-        forgotten = {key for (key,) in graves.fetchall()}
-        verdicts: dict[int, AppendVerdict] = {}
-        for row in missing:
-            digest = digest_of.get(keys[row])
-            if tombstone_keys[row] in forgotten:
-                verdicts[row] = AppendVerdict.USER_FORGOTTEN
-            elif digest is None:
+        verdicts = {}
+        for row, key, digest in zip(rows, keys, columns.column("payload_digest")[rows].tolist(), strict=True):
+            if key not in digest_of:
                 # Erased between the two statements; a retry stores it or says why not.
                 raise Unavailable("LOG_UNAVAILABLE", "Rows were erased while they were being stored; retry.")
-            elif digest == digests[row]:
-                verdicts[row] = AppendVerdict.DUPLICATE
-            else:
-                verdicts[row] = AppendVerdict.PAYLOAD_CONFLICT
+            verdicts[row] = (
+                AppendVerdict.DUPLICATE if digest_of[key] == digest else AppendVerdict.PAYLOAD_CONFLICT
+            )
         return verdicts
 
     def _encrypted(
         self, connection: psycopg.Connection[Any], columns: EventColumns
     ) -> dict[int, bytes | None]:
         texts = columns.sparse["text"]
-        user_keys, event_keys = columns.column("user_key"), columns.column("event_key")
-        tombstone_of = {user_keys[row]: columns.column("tombstone_key")[row] for row in texts}
+        user_keys, event_keys = columns.column("user_key").tolist(), columns.column("event_key").tolist()
+        tombstone_keys = columns.column("tombstone_key").tolist()
+        tombstone_of = {user_keys[row]: tombstone_keys[row] for row in texts}
         people = list(tombstone_of)
         existing = connection.execute(_DATA_KEYS, [pg_arrays.key_array(people)], binary=True).fetchall()
         known = {user_key for user_key, _, _ in existing}
@@ -291,90 +220,7 @@ class LogWriter:
                 sealed[row] = encrypt(entry[1], text, event_keys[row], entry[0])
         return sealed
 
-    def _arrays(
-        self, columns: EventColumns, texts: dict[int, bytes | None] | None
-    ) -> list[pg_arrays.BinaryArray]:
-        n = len(columns)
-        column = columns.column
-        sparse = columns.sparse
-
-        def filled(name: str) -> list[Any]:
-            values = [None] * n
-            for row, value in sparse[name].items():
-                values[row] = value
-            return values
-
-        def text(name: str) -> pg_arrays.BinaryArray:
-            return (
-                self._texts.array(filled(name)) if name in sparse else pg_arrays.empty_array(pg_arrays.TEXT)
-            )
-
-        def numbers(name: str, oid: int, dtype: str) -> pg_arrays.BinaryArray:
-            return (
-                pg_arrays.nullable_array(oid, filled(name), dtype)
-                if name in sparse
-                else pg_arrays.empty_array(oid)
-            )
-
-        def literal(name: str) -> pg_arrays.BinaryArray:
-            if name not in sparse:
-                return pg_arrays.empty_array(pg_arrays.TEXT)
-            return pg_arrays.text_array(
-                [None if value is None else pg_arrays.array_literal(value) for value in filled(name)]
-            )
-
-        sealed: list[bytes | None] = [None] * n
-        for row, value in (texts or {}).items():
-            sealed[row] = value
-        attributes = (
-            pg_arrays.text_array(
-                [None if value is None else json.dumps(value) for value in filled("attributes")]
-            )
-            if "attributes" in sparse
-            else pg_arrays.empty_array(pg_arrays.TEXT)
-        )
-        recommendation_ids = (
-            pg_arrays.bytes_array(filled("recommendation_id"))
-            if "recommendation_id" in sparse
-            else pg_arrays.empty_array(pg_arrays.BYTEA)
-        )
-        return [
-            pg_arrays.uuid_array(column("event_key")),
-            pg_arrays.nullable_array(pg_arrays.INT8, column("payload_digest"), ">i8"),
-            pg_arrays.key_array(column("user_key")),
-            pg_arrays.key_array(column("tombstone_key")),
-            pg_arrays.small_array(column("kind")),
-            pg_arrays.timestamp_array(column("occurred_at_us")),
-            pg_arrays.key_array(column("session_key")),
-            self._texts.array(column("item_id")),
-            pg_arrays.nullable_array(pg_arrays.FLOAT4, column("quantity"), ">f4"),
-            pg_arrays.nullable_array(pg_arrays.INT8, column("price_micros"), ">i8"),
-            self._texts.array(column("currency_code")),
-            pg_arrays.nullable_array(pg_arrays.FLOAT4, column("value"), ">f4"),
-            pg_arrays.small_array(column("device")),
-            pg_arrays.small_array(column("channel")),
-            pg_arrays.small_array(column("consent")),
-            numbers("is_bot", pg_arrays.BOOL, "i1"),
-            literal("line_items"),
-            literal("line_quantities"),
-            literal("line_prices"),
-            literal("line_positions"),
-            literal("impression_items"),
-            literal("impression_positions"),
-            literal("impression_propensities"),
-            recommendation_ids,
-            text("placement"),
-            text("serving_config"),
-            text("model_version"),
-            text("variant"),
-            numbers("position", pg_arrays.INT4, ">i4"),
-            numbers("propensity", pg_arrays.FLOAT4, ">f4"),
-            numbers("quarantine_reason", pg_arrays.INT2, ">i2"),
-            pg_arrays.bytes_array(sealed) if texts else pg_arrays.empty_array(pg_arrays.BYTEA),
-            attributes,
-        ]
-
-    def _ensure_partitions(self, connection: psycopg.Connection[Any], event_keys: Sequence[bytes]) -> None:
+    def _ensure_partitions(self, connection: psycopg.Connection[Any], event_keys: Column) -> None:
         months = months_of(event_keys).tolist()
         if self._months.issuperset(months):
             return
@@ -410,6 +256,27 @@ class LogWriter:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _by_key(
+    keys: Column,
+) -> tuple[npt.NDArray[np.int64] | None, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Returns in which order keys ascend, each once, the first row of it; None for the order they are in.
+
+    And the rows whose key comes again, in their order, with the first row of that key.
+    """
+    halves = keys.view(">u8").reshape(-1, 2).astype(np.uint64)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))
+    ordered = halves[order]
+    is_first = np.ones(len(order), dtype=bool)
+    np.any(ordered[1:] != ordered[:-1], axis=1, out=is_first[1:])
+    rows = order[is_first]
+    if len(rows) == len(order):
+        nothing = np.empty(0, dtype=np.int64)
+        return None if (order[1:] > order[:-1]).all() else order, nothing, nothing
+    again, first = order[~is_first], rows[np.cumsum(is_first) - 1][~is_first]
+    in_turn = np.argsort(again)
+    return rows, again[in_turn], first[in_turn]
 
 
 def verify_durability(connection: psycopg.Connection[Any]) -> None:

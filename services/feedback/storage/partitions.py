@@ -8,7 +8,6 @@ nothing happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,12 +34,9 @@ WHERE excluded.first_received_at < p.first_received_at
 """Remembers since when models may hold people whose events go, for their receipts; `gone` has the events."""
 
 
-def months_of(event_keys: Iterable[bytes]) -> npt.NDArray[np.int64]:
-    """Returns the distinct months of event keys, as months since January 1970, ascending."""
-    first_bytes = np.frombuffer(b"".join(event_keys), dtype=np.uint8).reshape(-1, 16)[:, :6]
-    padded = np.zeros((len(first_bytes), 8), dtype=np.uint8)
-    padded[:, 2:] = first_bytes
-    ms = padded.view(">u8").ravel().astype(np.int64)
+def months_of(event_keys: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """Returns the distinct months of event keys of 16 bytes, as months since January 1970, ascending."""
+    ms = (event_keys.view(">u8").reshape(-1, 2)[:, 0] >> 16).astype(np.int64)
     return np.unique(ms.astype("datetime64[ms]").astype("datetime64[M]").astype(np.int64))
 
 
