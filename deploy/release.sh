@@ -29,16 +29,19 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git archive HEAD protos/python CHANGELOG.md | tar -x -C "$copy" --no-same-permissions
 find "$copy" -type d -exec chmod 755 {} + -o -type f -exec chmod 644 {} +
-"$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir "$target" "$copy/protos/python"
 
-if "$python" -c 'import cyclonedx_py' 2> /dev/null; then
-  for service in feedback profile trainer recommend; do
-    "$python" -m cyclonedx_py requirements --output-reproducible --of JSON -o "$target/sbom-$service.cdx.json" \
-      "requirements/$service.txt" 2> /dev/null
-  done
-else
-  echo "cyclonedx-bom is not installed (requirements/build.txt): no bills of materials beside the images" >&2
+# What builds is pinned too, as in the images.
+tools=${TOOLS:-$copy/tools}
+if ! [ -x "$tools/bin/cyclonedx-py" ] && ! { "$python" -m venv "$tools" \
+  && "$tools/bin/pip" install --quiet --disable-pip-version-check --require-hashes -r requirements/build.txt; }; then
+  echo "The tools of requirements/build.txt cannot be installed here: there is no release." >&2
+  exit 3
 fi
+"$tools/bin/pip" wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir "$target" "$copy/protos/python"
+for service in feedback profile trainer recommend registry-mirror; do
+  "$tools/bin/cyclonedx-py" requirements --output-reproducible --of JSON -o "$target/sbom-$service.cdx.json" \
+    "requirements/$service.txt" 2> /dev/null
+done
 "$python" deploy/licences.py > "$target/licences.md"
 { echo "# Shopkeeper $version"; echo; sed -n '/^## \[Unreleased\]/,/^## \[[0-9]/p' "$copy/CHANGELOG.md" | sed '1d;/^## \[[0-9]/d'; } > "$target/CHANGELOG.md"
 (cd "$target" && find . -maxdepth 1 -type f ! -name SHA256SUMS -printf '%P\n' | LC_ALL=C sort | xargs sha256sum > SHA256SUMS)

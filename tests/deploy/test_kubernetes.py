@@ -10,7 +10,7 @@ import pytest
 
 from shared.authorization import read_policy
 from shared.settings import ServiceSettings
-from tests.deploy.kustomize import COMPONENTS, K8S, OVERLAYS, TARGETS, objects, pod_of
+from tests.deploy.kustomize import COMPONENTS, K8S, OVERLAYS, REPOSITORY, TARGETS, objects, pod_of
 
 SERVICES = {"feedback", "profile", "trainer", "recommend"}
 # Described by operators, not by Kubernetes: no schema here knows them.
@@ -129,6 +129,15 @@ def test_the_grace_period_is_longer_than_the_drain(name: str) -> None:
     )
     before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] > before + drain
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_requests_and_limits_are_those_that_follow_from_measurements(name: str) -> None:
+    text = (REPOSITORY / "docs" / "operating.md").read_text()
+    rows = re.findall(rf"^\| {name} \|.*\| (\S+), (\w+) \| (\w+) \|$", text, re.M)
+    (container,) = deployments("base")[name]["spec"]["template"]["spec"]["containers"]
+    asked, limited = container["resources"]["requests"], container["resources"]["limits"]
+    assert rows == [(asked["cpu"], asked["memory"], limited["memory"])]
 
 
 @pytest.mark.parametrize("target", TARGETS)

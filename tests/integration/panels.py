@@ -48,6 +48,8 @@ def draw(
         0.99, 1 - 0.5 * TITLE_INCHES / height, "drawn from a Prometheus' answers, not by Grafana",
         fontsize=9, va="center", ha="right", color="#606060",
     )  # fmt: skip
+    seconds = [each.times for panel in shown.values() for _, series in panel for each in series]
+    span = tuple(datetime.fromtimestamp(at, UTC) for at in (min(map(min, seconds)), max(map(max, seconds))))
     for panel in board["panels"]:
         place = panel["gridPos"]
         # The panel's box in inches from the lower left corner, with a margin all around.
@@ -60,7 +62,7 @@ def draw(
                 facecolor="white", edgecolor="#d0d2d3", transform=figure.transFigure, zorder=-1,
             )
         )  # fmt: skip
-        _draw_panel(figure, panel, shown[panel["id"]], box, (WIDTH_INCHES, height))
+        _draw_panel(figure, panel, shown[panel["id"]], box, (WIDTH_INCHES, height), span)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=75, metadata={"Software": None})
     pyplot.close(figure)
@@ -72,8 +74,9 @@ def _draw_panel(
     shown: list[tuple[dict[str, str], list[Series]]],
     box: tuple[float, float, float, float],
     size: tuple[float, float],
+    span: tuple[datetime, ...],
 ) -> None:
-    """Draws one panel into `box` (left, bottom, width, height) of a figure of `size`, all in inches."""
+    """Draws one panel of the times `span` into `box` (left, bottom, width, height) of a figure of `size`, all in inches."""
     from matplotlib.dates import AutoDateLocator, DateFormatter
 
     left, bottom, width, height = box
@@ -107,10 +110,11 @@ def _draw_panel(
     highest = max((scale * max(each.values) for _, each in lines), default=0.0)
     lowest = min((scale * min(each.values) for _, each in lines), default=0.0)
     axes.set_ylim(min(0.0, 1.1 * lowest), 1.1 * highest if highest > 0 else 1.0)
+    axes.set_xlim(*span)
     axes.set_ylabel(suffix, fontsize=7)
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_locator(AutoDateLocator(maxticks=6))
+    axes.xaxis.set_major_locator(AutoDateLocator(minticks=4, maxticks=8))
     axes.xaxis.set_major_formatter(DateFormatter("%H:%M:%S"))
     axes.grid(alpha=0.3)
     if named:
