@@ -146,6 +146,11 @@ class DeferredCall:
         serialize: Callable[[Any], bytes],
     ) -> None:
         """Answers the call on this thread, by a handler of grpc's and the functions that belong to it."""
+        if not self._context.is_active():
+            # Nobody waits for it any more: no work for nobody, least of all where others wait.
+            if self._pool.ended(self):
+                self._observation.end()
+            return
         if not self.admit():
             return
         self._observation.attach()
