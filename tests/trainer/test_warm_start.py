@@ -142,6 +142,9 @@ def test_a_run_may_ask_for_a_version_to_begin_with_but_not_a_private_one() -> No
     config = config_from_proto(message)
     assert config.initial_version == "production"
     assert config_to_proto(config).initial_version == "production"
+    for name in ("../production", "Production", "a\0"):
+        with pytest.raises(InvalidInput, match=r"config.initial_version must be a version, or an alias"):
+            config_from_proto(training_run_pb2.TrainingConfig(initial_version=name))
     message.differential_privacy.epsilon = 1
     with pytest.raises(InvalidInput, match="initial_version"):
         config_from_proto(message)

@@ -11,6 +11,7 @@ from services.trainer.converters.data_snapshots import snapshot_from_proto, snap
 from services.trainer.converters.privacy import privacy_from_proto, privacy_to_proto
 from services.trainer.converters.times import time_of
 from services.trainer.domain.runs import (
+    NAME,
     PRODUCTION,
     DataWindow,
     EvaluationConfig,
@@ -59,6 +60,11 @@ def config_from_proto(message: training_run_pb2.TrainingConfig) -> TrainingConfi
     window = _window(message.window, violations)
     evaluation = _evaluation(message.evaluation, violations)
     private = privacy_from_proto(message, violations)
+    violations.check(
+        not message.initial_version or NAME.fullmatch(message.initial_version) is not None,
+        "config.initial_version",
+        "must be a version, or an alias such as production.",
+    )
     violations.check(
         private is None or not message.initial_version,
         "config.initial_version",

@@ -531,7 +531,7 @@ class HyperParameters(_message.Message):
     COOCCURRENCE_WINDOW_FIELD_NUMBER: _builtins.int
     FILTER_SHARE_FIELD_NUMBER: _builtins.int
     dimension: _builtins.int
-    """Width d of the item vectors, in [4, 4096], a multiple of `heads`."""
+    """Width d of the item vectors, in [4, 4096], a multiple of twice `heads`."""
     blocks: _builtins.int
     """Transformer blocks, in [1, 48]."""
     heads: _builtins.int
