@@ -29,6 +29,10 @@ class OwnPostgres:
         ensure_database(self.url)
         for service in services:
             migrate(self.url, service)
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            # Commits of its own bring to the disk what a test wants lost.
+            connection.execute("ALTER SYSTEM SET autovacuum = off")
+            connection.execute("SELECT pg_reload_conf()")
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to every process; waits for the end of those that it kills."""
@@ -72,11 +76,14 @@ class OwnPostgres:
 
     def burn(self, count: int = 50) -> int:
         """Rolls transactions back of which nothing reaches the disk until somebody commits; returns the last number."""
+        writers = []
         for process in self._postmaster().children():
             # Others come and go: workers, and who just left.
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "walwriter" in " ".join(process.cmdline()):
                     process.suspend()
+                    writers.append(process)
+        assert len(writers) == 1
         with psycopg.connect(self.url) as connection:
             return [self._rolled_back(connection) for _ in range(count)][-1]
 
