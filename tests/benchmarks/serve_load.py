@@ -18,7 +18,8 @@ METHOD = "/shopkeeper.recommend.v1.RecommendService/Recommend"
 STREAMS = 4
 _PACED_RATE = 80
 _MOST_PACED = 16
-"""h2load paces by a timer of 10 ms at least: beyond 100 requests/s one process sends bunches of them, and waits for its own."""
+"""h2load paces by a timer of 10 ms at least: beyond 100 requests/s one process sends bunches of them, and waits for its own.
+Where even so many processes would, as in overload, bunches are no matter, and processes would take the server's time."""
 
 
 class H2Load:
@@ -41,8 +42,9 @@ class H2Load:
         """
         running = []
         if rate is not None:
-            processes = min(_MOST_PACED, max(len(requests), math.ceil(rate / _PACED_RATE)))
-            requests = [requests[number % len(requests)] for number in range(processes)]
+            processes = max(len(requests), math.ceil(rate / _PACED_RATE))
+            if processes <= _MOST_PACED:
+                requests = [requests[number % len(requests)] for number in range(processes)]
         for number, request in enumerate(requests):
             body = request.SerializeToString()
             data, log = self._home / f"body-{number}", self._home / f"log-{number}"
