@@ -164,6 +164,24 @@ def test_an_answer_to_a_caller_that_left_harms_nobody(echo: Echo) -> None:
     assert second.result(10) == b"to the second"
 
 
+def test_nothing_is_computed_for_a_caller_that_left_before_its_turn(echo: Echo) -> None:
+    before, computed = handled("CANCELLED"), list[bytes]()
+    calls = [echo.call(b"left"), echo.call(b"waits")]
+    taken = {call.request: call for call in echo.all_taken(2)}
+    calls[0].cancel()
+    eventually(lambda: not taken[b"left"]._context.is_active())
+
+    def compute(request: bytes, _context: Any) -> bytes:
+        computed.append(request)
+        return request.upper()
+
+    for call in taken.values():
+        call.serve(compute, bytes, bytes)
+    assert calls[1].result(10) == b"WAITS"
+    assert computed == [b"waits"]
+    assert handled("CANCELLED") == before + 1
+
+
 @pytest.mark.parametrize("requests", [[], [b"one", b"two"]])
 def test_a_wrong_number_of_messages_ends_in_an_answer(echo: Echo, requests: list[bytes]) -> None:
     call = echo.stream(requests)

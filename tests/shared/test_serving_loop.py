@@ -139,19 +139,6 @@ def test_a_call_whose_deadline_passed_before_its_turn_is_not_computed() -> None:
         assert len(computing.threads) == 2
 
 
-def test_a_call_whose_caller_left_before_its_turn_is_not_computed() -> None:
-    with served() as computing:
-        slow = computing.call(b"slow")
-        eventually(lambda: computing.running == 1)
-        left = [computing.call(b"left") for _ in range(5)]
-        time.sleep(0.1)
-        for call in left:
-            call.cancel()
-        assert slow.result(10) == b"SLOW"
-        assert computing.call(b"next").result(10) == b"NEXT"
-        assert len(computing.threads) == 2
-
-
 def test_calls_that_wait_hold_up_nobody_and_all_are_answered() -> None:
     with served() as computing:
         waiting = [computing.call(b"wait %d" % number) for number in range(8)]
