@@ -61,7 +61,10 @@ def recency_weights(
         row_N = np.repeat(np.arange(len(recent)), length_B)
         weight_N /= np.bincount(row_N, weight_N, minlength=len(recent))[row_N]
     indptr = np.concatenate([[0], end_B])
-    found = scipy.sparse.csr_matrix((weight_N, columns_N, indptr), shape=(len(recent), item_count))
+    # In single precision like what it is multiplied with, which would else be converted whole for each product.
+    found = scipy.sparse.csr_matrix(
+        (weight_N.astype(np.float32), columns_N, indptr), shape=(len(recent), item_count)
+    )
     found.sum_duplicates()
     return found
 

@@ -41,8 +41,10 @@ def draw_curve(
     """Returns a PNG of loss and validation NDCG@10 by pass."""
     plt = pyplot()
     figure, left = plt.subplots(figsize=(6, 3.6), dpi=110)
-    left.plot(epochs, losses, color="tab:grey", label="training loss")
+    # Marked, so that a training of one pass shows too.
+    left.plot(epochs, losses, color="tab:grey", marker=".", label="training loss")
     left.set_xlabel("pass over the data")
+    left.set_xlim(0.5, max(epochs, default=1) + 0.5)
     left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("training loss (nats an event)")
     right = left.twinx()

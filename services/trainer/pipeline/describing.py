@@ -132,8 +132,8 @@ def describe_refit(before: int, after: int) -> str:
             "The weights measured and served never saw a held-out event; the counts served know every event."
         )
     return (
-        f"Before measuring, {before} more passes included the validation events; after measuring, {after} more "
-        "included every event. The weights served are the latter: they know more than those measured."
+        f"Passes that included the validation events, before measuring: {before}; that included every event, after it: {after}. "
+        "The weights served are the latter: they know more than those measured."
     )
 
 

@@ -113,7 +113,7 @@ def finish(
     data = describe_data(histories, events, prepared.attributes.attribute_count)
     epochs, best_epoch, label = fitted.epochs, fitted.best_epoch, measured.label
     notes = [
-        f"{len(epochs)} passes in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
+        f"{len(epochs)} {'passes' if len(epochs) > 1 else 'pass'} in {epochs[-1].elapsed_seconds:.0f} s; the weights of pass {best_epoch} were kept.",
         *describe_blend(blend),
         f"Half-life of popularity: {counted.half_life_days:.0f} days, chosen on the validation events.",
         describe_refit(fitted.passes_before, fitted.passes_after),
