@@ -43,7 +43,9 @@ def comment(value: str) -> str:
     """Returns a comment of at most 1,024 characters."""
     violations = Violations()
     violations.check(
-        len(value) <= _COMMENT_LENGTH, "comment", f"must have at most {_COMMENT_LENGTH} characters."
+        len(value) <= _COMMENT_LENGTH and "\0" not in value,
+        "comment",
+        f"must have at most {_COMMENT_LENGTH} characters and no NUL.",
     )
     violations.raise_any()
     return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC
+from datetime import UTC, datetime
+from typing import Literal
 
 from shopkeeper.trainer.v1 import trainer_service_pb2, training_run_pb2
 
@@ -116,8 +117,10 @@ def _rounded(value: float) -> float | int:
 def _window(
     message: training_run_pb2.DataWindow, violations: Violations, path: str = "config.window"
 ) -> DataWindow:
-    start = message.start_time.ToDatetime(UTC) if message.HasField("start_time") else None
-    end = message.end_time.ToDatetime(UTC) if message.HasField("end_time") else None
+    start, end = (
+        _moment(message, "start_time", violations, path),
+        _moment(message, "end_time", violations, path),
+    )
     violations.check(
         start is None or end is None or start < end, f"{path}.end_time", "must be after start_time."
     )
@@ -146,6 +149,21 @@ def _window(
         min_item_events=message.min_item_events or 1,
         max_user_events=message.max_user_events or 200,
     )
+
+
+def _moment(
+    window: training_run_pb2.DataWindow,
+    name: Literal["start_time", "end_time"],
+    violations: Violations,
+    path: str,
+) -> datetime | None:
+    if not window.HasField(name):
+        return None
+    try:
+        return getattr(window, name).ToDatetime(UTC)
+    except (ValueError, OverflowError):
+        violations.check(False, f"{path}.{name}", "must be a time of the years 1 to 9999.")
+        return None
 
 
 def _evaluation(
