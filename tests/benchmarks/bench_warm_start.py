@@ -86,7 +86,9 @@ def main() -> None:
     first = train(part(events, events.time_E < moment), None, arguments.size, arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / warm_start.FILE).write_bytes(first.attachments[warm_start.FILE])
-        initial = read_weights(Path(directory), "first", list(first.vocabulary), first.manifest_fields)
+        # What publishing would add to the manifest.
+        published = {**first.manifest_fields, "created_at": ""}
+        initial = read_weights(Path(directory), "first", list(first.vocabulary), published)
     refreshed = train(events, initial, arguments.size, arguments.seed)
     # The same questions: what is held out is what the first version cannot know, from the start too.
     anew = train_model(
