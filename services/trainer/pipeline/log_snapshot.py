@@ -330,7 +330,7 @@ def damaged_days(directory: SnapshotDirectory, chosen: SnapshotSet) -> list[int]
 
 def _in_words(done: Refresh) -> str:
     held = sum(done.chosen.rows_of(day) for day in done.chosen.days)
-    words = f"{done.read:,} events came from the log, {held - min(done.read, held):,} from {len(done.chosen.days):,} day files."
+    words = f"{done.read:,} events came from the log, {held - min(done.read, held):,} from day files; they hold {len(done.chosen.days):,} days."
     if done.people:
         words += f" {done.people:,} people changed their consent or were erased."
     if done.read_again:
