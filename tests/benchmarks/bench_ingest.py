@@ -276,7 +276,12 @@ class Bench:
 
     def copy(self, batch: int, limit: int) -> tuple[float, float]:
         """Copies stored rows into a twin table; returns events/s and PostgreSQL's CPU an event."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
+        with (
+            psycopg.connect(self.url) as marking,
+            psycopg.connect(self.url, autocommit=True) as connection,
+        ):
+            # A page of the log that is being looked through for bots is waited for, and the next one begins behind this.
+            marking.execute("SELECT FROM feedback.bot_watermark FOR UPDATE")
             connection.execute("SET role shopkeeper_feedback")
             connection.execute("DROP TABLE IF EXISTS feedback.twin")
             connection.execute(
