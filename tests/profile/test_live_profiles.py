@@ -130,6 +130,14 @@ def test_a_long_transaction_elsewhere_does_not_stall_the_log(shop: Shop, databas
             assert len(item_ids(get(shop, "ann", token))) == number + 1
 
 
+def test_a_token_of_a_commit_without_a_row_is_answered(shop: Shop) -> None:
+    shop.log.record("ann", item_id="before")
+    # As where each event of a batch was there already.
+    row = shop.log.connection.execute("SELECT pg_current_xact_id()::text").fetchone()
+    assert row is not None
+    assert item_ids(get(shop, "ann", shop.log.token(int(row[0])))) == ["before"]
+
+
 def test_a_token_ahead_of_the_log_is_refused_without_waiting_for_the_deadline(shop: Shop) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         get(shop, "ann", shop.log.token(2**40))
