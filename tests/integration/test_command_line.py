@@ -157,7 +157,7 @@ def test_a_version_is_made_again_from_what_it_was_trained_on(trained: Terminal) 
     assert run["state"] == "STATE_SUCCEEDED"
     assert run["data_snapshot"] == made["data"]["data_snapshot"]
     refused = trained.run("train", "--repeat", "nothing")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "MODEL_VERSION_NOT_FOUND" in refused.stderr
 
 
