@@ -64,12 +64,12 @@ def count(shop: Suite, query: str, *parameters: object) -> int:
 
 
 def tables_that_hold(shop: Suite, user_keys: list[bytes]) -> set[str]:
-    """Returns the tables in which one of the keys occurs, apart from those that say that a key is gone."""
+    """Returns the tables in which one of the keys occurs, apart from those that say that a key, or a person, is gone."""
     found = set()
     with psycopg.connect(shop.database_url) as connection:
         tables = connection.execute(
             "SELECT table_schema, table_name FROM information_schema.tables WHERE table_type = 'BASE TABLE' "
-            "AND table_schema IN ('feedback', 'profile') AND table_name NOT IN ('tombstones', 'retired_keys')"
+            "AND table_schema IN ('feedback', 'profile') AND table_name NOT IN ('tombstones', 'erasure_receipts', 'retired_keys')"
         ).fetchall()
         for schema, table in tables:
             rows = connection.execute(f"SELECT t::text FROM {schema}.{table} AS t").fetchall()
