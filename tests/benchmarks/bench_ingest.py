@@ -7,13 +7,13 @@ rates say little; the CPU seconds of an event, which are told for each process, 
 
 The last line is JSON:
 
-events_per_second               through gRPC in batches of --batch, durable and de-duplicated
+events_per_second               through gRPC in batches of --batch by --callers at once, durable and de-duplicated
 copy_events_per_second          COPY of --batch rows, each committed, over one connection
 copy_ratio                      the one by the other
 copy_at_commit_size             COPY of as many rows as the server's group commits had on average
 single_calls_per_second         one event a call, 64 callers that call again at once; ack_p50_ms, ack_p99_ms of these: the
                                 server is saturated, so they tell the length of its queue
-paced_calls_per_second          the same calls planned at --pace of that rate; paced_ack_p50_ms, paced_ack_p99_ms since the
+paced_calls_per_second          the same calls planned at --pace of that rate, at most 3,000/s; paced_ack_p50_ms, paced_ack_p99_ms since the
                                 moment for which each was planned
 paced_fsync_ms                  as fsync_ms, measured right after
 ack_asked_ms                    4 fsyncs + 10 ms
@@ -56,6 +56,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 METHOD = "/shopkeeper.feedback.v1.FeedbackService/RecordEvents"
 PEOPLE, ITEMS, VISITS = 5_000, 10_000, 20_000
 SINGLE_CALLERS = 64
+ASKED_CALLS_PER_SECOND = 3_000
 
 
 # The load process
@@ -425,7 +426,7 @@ def measured(bench: Bench, arguments: argparse.Namespace) -> Iterator[tuple[str,
     yield "ack_p50_ms", round(single["p50_ms"], 1)
     yield "ack_p99_ms", round(single["p99_ms"], 1)
     yield "single_cpu_us_per_call", {name: round(value) for name, value in single["cpu_us"].items()}
-    pace = arguments.pace * single["rate"]
+    pace = min(arguments.pace * single["rate"], ASKED_CALLS_PER_SECOND)
     paced = bench.measure(arguments.calls, 1, SINGLE_CALLERS, calls_per_second=pace)
     yield "paced_calls_per_second", round(paced["rate"])
     yield "paced_ack_p50_ms", round(paced["p50_ms"], 1)
@@ -468,11 +469,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=100, help="events a call")
-    parser.add_argument("--callers", type=int, default=16, help="concurrent callers of the batches")
-    parser.add_argument("--events", type=int, default=60_000, help="events of the main measurement")
+    parser.add_argument("--callers", type=int, default=64, help="concurrent callers of the batches")
+    parser.add_argument("--events", type=int, default=150_000, help="events of the main measurement")
     parser.add_argument("--rounds", type=int, default=3, help="rounds into which they are divided")
     parser.add_argument("--calls", type=int, default=6_000, help="calls with one event each")
-    parser.add_argument("--pace", type=float, default=2 / 3, help="of the paced calls, by the saturated rate")
+    parser.add_argument(
+        "--pace",
+        type=float,
+        default=2 / 3,
+        help="of the paced calls, by the saturated rate; at most 3,000 calls/s",
+    )
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="of batches, after which the memory is looked at; 0: none"
     )

@@ -22,6 +22,7 @@ _TIDY_SECONDS = 3_600.0
 # Of an hour, the earliest; by then a machine is known.
 MOMENTS = 600
 _ITEM_VIEW = int(EventKind.ITEM_VIEW)
+_MOST_PAGE_ROWS = 100_000
 
 _COUNT = """
 WITH fresh AS (
@@ -46,23 +47,26 @@ WITH fresh AS (
     FROM subjects AS s CROSS JOIN (VALUES (60::smallint), (3600::smallint)) AS w (seconds)
     WHERE w.seconds = 3600 OR s.is_view
     GROUP BY 1, 2, 3, 4, 5
+), windows AS (
+    INSERT INTO feedback.bot_windows AS b
+        (subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments)
+    SELECT subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments FROM counted
+    ORDER BY subject_key, starts_at, seconds
+    ON CONFLICT (subject_key, starts_at, seconds, is_session, key_version) DO UPDATE SET
+        views = b.views + excluded.views,
+        human_events = b.human_events + excluded.human_events,
+        user_keys = (ARRAY(SELECT DISTINCT unnest(b.user_keys || excluded.user_keys)))[1:%(users)s + 1],
+        moments = CASE WHEN b.seconds = 3600 THEN
+            (ARRAY(SELECT DISTINCT m FROM unnest(b.moments || excluded.moments) AS m ORDER BY m))[1:%(moments)s] ELSE '{}' END,
+        counted_at = now()
+    RETURNING subject_key, is_session, starts_at, seconds, user_keys,
+        (seconds = 60 AND views > %(rate)s)
+        OR (seconds = 3600 AND human_events = 0 AND views > %(bare)s)
+        OR (seconds = 3600 AND is_session AND cardinality(user_keys) > %(users)s) AS beyond,
+        CASE WHEN cardinality(moments) >= %(metronome)s THEN moments END AS moments
 )
-INSERT INTO feedback.bot_windows AS b
-    (subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments)
-SELECT subject_key, is_session, starts_at, seconds, key_version, views, human_events, user_keys, moments FROM counted
-ORDER BY subject_key, starts_at, seconds
-ON CONFLICT (subject_key, starts_at, seconds, is_session, key_version) DO UPDATE SET
-    views = b.views + excluded.views,
-    human_events = b.human_events + excluded.human_events,
-    user_keys = (ARRAY(SELECT DISTINCT unnest(b.user_keys || excluded.user_keys)))[1:%(users)s + 1],
-    moments = CASE WHEN b.seconds = 3600 THEN
-        (ARRAY(SELECT DISTINCT m FROM unnest(b.moments || excluded.moments) AS m ORDER BY m))[1:%(moments)s] ELSE '{}' END,
-    counted_at = now()
-RETURNING subject_key, is_session, starts_at, seconds, user_keys,
-    (seconds = 60 AND views > %(rate)s)
-    OR (seconds = 3600 AND human_events = 0 AND views > %(bare)s)
-    OR (seconds = 3600 AND is_session AND cardinality(user_keys) > %(users)s) AS beyond,
-    CASE WHEN cardinality(moments) >= %(metronome)s THEN moments END AS moments
+-- The others, nearly all, stay where they are: to make objects of them holds up the calls that are served beside.
+SELECT * FROM windows WHERE beyond OR moments IS NOT NULL
 """
 # By the index of shoppers: a session's rows are found through whose they are. Those of shoppers beyond the list came
 # after the session was over its limit, and are in the page just counted. A shopper's rows are read once, not once a
@@ -110,7 +114,7 @@ class BotMarks:
         self._tidy_at = 0.0
         self._database = database
         self._rules = rules
-        self._page_rows = page_rows
+        self._page_rows = self._next_page_rows = page_rows
         self._logger = get_logger("feedback")
 
     def step(self) -> bool:
@@ -121,6 +125,11 @@ class BotMarks:
                 self._tidy()
             if marked:
                 self._logger.info("events marked as a bot's", events=marked, windows=beyond)
+        # Marking reads what a shopper ever did, once a page: who lags behind a bot takes larger ones.
+        if page.is_last:
+            self._next_page_rows = self._page_rows
+        elif marked:
+            self._next_page_rows = max(self._page_rows, min(2 * self._next_page_rows, _MOST_PAGE_ROWS))
         return not page.is_last
 
     def _look_through(self) -> tuple[LogPage, int, int]:
@@ -130,7 +139,7 @@ class BotMarks:
             connection.execute("SET LOCAL statement_timeout = 0")
             # As a writer of the log does: an erasure under way waits for this, or this sees its result.
             connection.execute("SELECT pg_advisory_xact_lock_shared(%s)", (WRITERS_LOCK,))
-            page = next_page(connection, "bot_watermark", self._page_rows)
+            page = next_page(connection, "bot_watermark", self._next_page_rows)
             if page.is_empty:
                 return page, 0, 0
             counted = connection.execute(
