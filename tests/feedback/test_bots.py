@@ -76,6 +76,20 @@ def test_a_minute_with_more_views_than_a_person_can_look_at_is_marked_and_kept_f
     assert shop.sql("SELECT count(*) FROM feedback.events_v1") == [(42,)]
 
 
+def test_who_lags_behind_a_bot_takes_larger_pages(shop: Shop) -> None:
+    start = start_of_hour()
+    shop.record(*[view(start + n, dwell=1) for n in range(21)])
+    for n in range(21, 61):
+        shop.record(view(start + n, dwell=1))
+    marks = BotMarks(shop.feedback.database, RULES, page_rows=1)
+    pages = 1
+    while marks.step():
+        pages += 1
+    assert marked(shop) == 61
+    # The 41 transactions in pages of 1, 2, 4, 8, 16 and the rest.
+    assert pages <= 7
+
+
 def steps_ms(rng: np.random.Generator, jitter: float, count: int = 12, period_ms: int = 90_000) -> list[int]:
     return np.cumsum(period_ms * (1 + jitter * rng.uniform(-1, 1, count))).astype(int).tolist()
 

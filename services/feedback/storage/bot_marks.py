@@ -128,7 +128,7 @@ class BotMarks:
         # Marking reads what a shopper ever did, once a page: who lags behind a bot takes larger ones.
         if page.is_last:
             self._next_page_rows = self._page_rows
-        elif marked:
+        elif beyond:
             self._next_page_rows = max(self._page_rows, min(2 * self._next_page_rows, _MOST_PAGE_ROWS))
         return not page.is_last
 

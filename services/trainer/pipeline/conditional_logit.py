@@ -76,7 +76,7 @@ def fit_conditional_logit(
     """Returns the weights of greatest posterior probability, by name.
 
     Args:
-        feature_nKF: of each candidate of each person; not a number in the first feature where there is none.
+        feature_nKF: of each candidate of each person; not a number, in every feature, where there is none.
         place_n: which candidate was taken.
         precision: of the prior.
     """
